@@ -1,0 +1,1 @@
+"""How each stage does its work: the store, the corpus, training, the report."""

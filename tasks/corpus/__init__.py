@@ -1,0 +1,1 @@
+"""From the published archive to packed blocks and examples: no torch, no Prefect."""

@@ -1,0 +1,185 @@
+"""The artifact store: find, build under a lock, commit by rename, set aside what is damaged.
+
+``<root>/<kind>/<key>/{files, manifest.json}`` is finished; ``<root>/.staging/<kind>/<key>/`` is being built and survives a
+crash; ``<root>/.locks`` holds flock files, which die with their holder; ``<root>/.damaged`` keeps what was set aside.
+"""
+
+import fcntl
+import json
+import logging
+import os
+import shutil
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from tasks.errors import StoreError
+from tasks.store.artifact import MANIFEST_NAME, Artifact, FileEntry, Manifest, ShardEntry, content_of
+from tasks.store.digest import Digest, DigestMemory, digest_file, digest_json, fsync_tree
+
+log = logging.getLogger(__name__)
+
+SCRATCH_NAME = ".scratch"  # inside staging: what a build needs while it runs; removed by the commit
+
+
+class ArtifactStore:
+    """All artifacts below one root folder."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root.expanduser().absolute()
+        self.digests = DigestMemory(self.root / ".digests")
+
+    def find(self, kind: str, key: Digest) -> Artifact | None:
+        """The artifact, if it is there whole by its sizes; None where it is absent or damaged."""
+        artifact = self.load(kind, key)
+        return artifact if artifact and not self.damage(artifact) else None
+
+    def load(self, kind: str, key: Digest) -> Artifact | None:
+        """The artifact as its manifest tells it, unchecked; None where there is no readable manifest."""
+        path = self.root / kind / key / MANIFEST_NAME
+        try:
+            manifest = Manifest.model_validate_json(path.read_bytes())
+        except FileNotFoundError:
+            return None
+        except (ValidationError, OSError) as error:
+            log.warning("%s: unreadable manifest (%s); the artifact counts as absent", path, type(error).__name__)
+            return None
+        return Artifact(self.root, manifest, found=True)
+
+    def damage(self, artifact: Artifact, digests: bool = False) -> str | None:
+        """What is wrong with an artifact, in one line: a missing file, another size, or (asked for) another digest."""
+        if artifact.key != digest_json(artifact.manifest.identity):
+            return "the manifest's key is not the digest of its identity"
+        for entry in artifact.manifest.files:
+            path = artifact.path / entry.name
+            size = path.stat().st_size if path.is_file() else None
+            if size != entry.num_bytes:
+                return f"{entry.name} is {'missing' if size is None else f'{size} bytes'}, its manifest says {entry.num_bytes}"
+            if digests and digest_file(path) != entry.digest:
+                return f"{entry.name} has another digest than its manifest says"
+        return self._damaged_shard(artifact, digests)
+
+    def _damaged_shard(self, artifact: Artifact, digests: bool) -> str | None:
+        for entry in artifact.manifest.shards:
+            shard = self.load(entry.kind, entry.key)
+            if shard is None or shard.content != entry.content:
+                return f"shard {entry.name} ({entry.kind}/{entry.key[:12]}) is {'another' if shard else 'missing'}"
+            if problem := self.damage(shard, digests):
+                return f"shard {entry.name} ({entry.kind}/{entry.key[:12]}): {problem}"
+        return None
+
+    @contextmanager
+    def lock(self, kind: str, key: Digest) -> Iterator[None]:
+        """Hold the one builder's place for a key; waits for another holder, and dies with this process."""
+        path = self.root / ".locks" / f"{kind}-{key}"
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            handle = path.open("a+")
+        except OSError as error:
+            raise StoreError(
+                f"{path.parent}: cannot be written ({error.strerror}); name a store you may write with --store"
+            ) from error
+        with handle:
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                log.info("%s/%s: another process builds it; waiting", kind, key[:12])
+                fcntl.flock(handle, fcntl.LOCK_EX)
+            yield
+
+    def staging(self, kind: str, key: Digest) -> Path:
+        """The folder in which an artifact is built, made if absent, as an earlier try left it."""
+        path = self.root / ".staging" / kind / key
+        path.mkdir(parents=True, exist_ok=True)
+        return path
+
+    def set_aside(self, kind: str, key: Digest, problem: str) -> None:
+        """Move a damaged artifact out of the way, whole, for a person to look at. Call it under the lock."""
+        source = self.root / kind / key
+        target = self.root / ".damaged" / f"{kind}-{key}-{time.time_ns()}"
+        target.parent.mkdir(parents=True, exist_ok=True)
+        source.rename(target)
+        log.warning("%s/%s: damaged (%s); set aside in %s", kind, key[:12], problem, target)
+
+    def commit(
+        self,
+        identity: dict[str, Any],
+        shards: tuple[ShardEntry, ...],
+        stats: dict[str, Any],
+        produced_by: dict[str, Any],
+        known: dict[str, Digest],
+    ) -> Artifact:
+        """Make what is in staging an artifact: digest, fsync, manifest, rename. Call it under the lock.
+
+        ``known``: digests of files that the build has already read through, by name.
+        """
+        kind, key = identity["kind"], digest_json(identity)
+        staging, target = self.staging(kind, key), self.root / kind / key
+        shutil.rmtree(staging / SCRATCH_NAME, ignore_errors=True)
+        files = tuple(_entries(staging, known))
+        manifest = Manifest(
+            kind=kind,
+            key=key,
+            content=content_of(files, shards),
+            identity=identity,
+            files=files,
+            shards=shards,
+            stats=stats,
+            created=datetime.now(UTC).isoformat(timespec="seconds"),
+            produced_by=produced_by,
+        )
+        (staging / MANIFEST_NAME).write_text(json.dumps(manifest.model_dump(mode="json"), indent=1, ensure_ascii=False))
+        fsync_tree(staging)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        staging.rename(target)
+        _fsync_folder(target.parent)
+        return Artifact(self.root, manifest, found=False)
+
+    def clear_staging(self, kind: str, key: Digest) -> None:
+        """Forget an unfinished build."""
+        shutil.rmtree(self.root / ".staging" / kind / key, ignore_errors=True)
+
+    def artifacts(self, kind: str | None = None) -> Iterator[Artifact]:
+        """Every finished artifact, of one kind where named, oldest first."""
+        folders = sorted(self.root.glob(f"{kind or '[!.]*'}/*/{MANIFEST_NAME}"))
+        loaded = (self.load(path.parent.parent.name, Digest(path.parent.name)) for path in folders)
+        return iter(sorted((found for found in loaded if found), key=lambda found: (found.manifest.created, found.ref)))
+
+    def resolve(self, ref: str) -> Artifact:
+        """The artifact that ``ref`` names: ``kind`` (its newest), ``kind/key`` or ``key``, where a key may be cut short.
+
+        Raises StoreError where nothing, or more than one artifact, answers to it.
+        """
+        kind, _, prefix = ref.partition("/") if "/" in ref else ("", "", ref)
+        everything = list(self.artifacts(kind or None))
+        matches = [artifact for artifact in everything if artifact.key.startswith(prefix)]
+        newest = [artifact for artifact in everything if artifact.kind == ref][-1:]
+        if not kind and newest:
+            return newest[0]
+        if len(matches) == 1:
+            return matches[0]
+        found = f"{len(matches)} artifacts begin so" if matches else "no such artifact"
+        raise StoreError(f"{self.root}: {ref!r}: {found}; `seqmill ls` lists what there is")
+
+
+def _entries(staging: Path, known: dict[str, Digest]) -> Iterator[FileEntry]:
+    for base, _, names in sorted(os.walk(staging)):
+        for name in sorted(names):
+            path = Path(base, name)
+            relative = path.relative_to(staging).as_posix()
+            if relative == MANIFEST_NAME:
+                continue
+            yield FileEntry(name=relative, num_bytes=path.stat().st_size, digest=known.get(relative) or digest_file(path))
+
+
+def _fsync_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
