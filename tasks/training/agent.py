@@ -1,0 +1,47 @@
+"""Start the ranks of one worker: `python -m tasks.training.agent PARENT THREADS MODULE [ARGUMENT ...]`.
+
+Runs MODULE (torch's or DeepSpeed's launcher, or a worker itself) in this process, after tying this process's life to
+PARENT's: the ranks tie theirs to this one, so that nothing outlives a launcher that was killed.
+"""
+
+import os
+import runpy
+import socket
+import sys
+
+from tasks.machine import die_with_parent
+
+# What every rank finds in its environment, unless the user has set it.
+DEFAULTS = {
+    "PYTHONUNBUFFERED": "1",
+    "TOKENIZERS_PARALLELISM": "false",
+    # A rank is given files alone: nothing it does may ask a server.
+    "HF_HUB_OFFLINE": "1",
+    "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+}
+
+
+def main() -> None:
+    """Prepare the environment, then become MODULE."""
+    parent, threads, module, *arguments = sys.argv[1:]
+    die_with_parent(int(parent))
+    for name, value in DEFAULTS.items():
+        os.environ.setdefault(name, value)
+    os.environ["OMP_NUM_THREADS"] = threads
+    if not module.startswith(("torch.", "deepspeed.")):
+        os.environ.update(only_rank())
+    sys.argv = [module, *arguments]
+    runpy.run_module(module, run_name="__main__", alter_sys=True)
+
+
+def only_rank() -> dict[str, str]:
+    """What torchrun would tell a rank that is alone."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    ranks = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1"}
+    return {**ranks, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+
+
+if __name__ == "__main__":
+    main()

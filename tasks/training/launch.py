@@ -1,0 +1,158 @@
+"""Start a worker's ranks, pass on what they say, and take them down.
+
+Reads   PLAN.json    all that launcher and worker share
+"""
+
+import logging
+import os
+import re
+import selectors
+import signal
+import subprocess
+import sys
+from collections import deque
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import orjson
+
+from tasks import errors
+from tasks.errors import SeqmillError, WorkerError
+from tasks.machine import TrainingSettings
+from tasks.training.lines import FAILURE_PREFIX, METRICS_PREFIX, level_of
+
+log = logging.getLogger(__name__)
+
+TAIL_LINES = 60  # a traceback of Trainer through DeepSpeed takes about 40
+GRACE_SECONDS = 10.0  # between SIGTERM, at which torchrun ends its ranks, and SIGKILL
+POLL_SECONDS = 0.5  # how soon an interrupt is seen while the ranks are silent
+
+# torchrun's own report of a rank that died without a word, for instance by the kernel's out-of-memory killer.
+TORCHRUN_RANK = re.compile(r"^\s*rank\s*: (\d+)")
+TORCHRUN_EXIT = re.compile(r"^\s*exitcode\s*: (-?\d+)")
+
+OnMetrics = Callable[[dict[str, Any]], None]
+
+
+def run_worker(
+    module: str,
+    plan_path: Path,
+    *,
+    num_ranks: int,
+    settings: TrainingSettings,
+    on_metrics: OnMetrics | None = None,
+    label: str = "training",
+) -> None:
+    """Run ``python -m module plan_path`` on every rank to its end.
+
+    The ranks stay in this process's care: an exception here, or this process's death, takes them down. ``module`` ends
+    with ``run_rank``. A rank that fails with an error of tasks.errors fails here with the same; any other failure is a
+    WorkerError.
+    """
+    command = [sys.executable, "-m", "tasks.training.agent", str(os.getpid()), str(settings.threads_per_rank)]
+    command += launcher_command(module, plan_path, num_ranks, settings)
+    listener = _Listener(label, on_metrics)
+    log.debug("%s: starting %s", label, " ".join(command))
+    process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    try:
+        for line in _lines(process):
+            listener.hear(line)
+        code = process.wait()
+    finally:
+        stop(process)
+    if code != 0:
+        raise listener.error(code)
+
+
+def launcher_command(module: str, plan_path: Path, num_ranks: int, settings: TrainingSettings) -> list[str]:
+    """What to run, as `python -m` takes it: the launcher, its options, the worker and its plan."""
+    if settings.launcher == "deepspeed":
+        hosts = ["--hostfile", str(settings.hostfile)] if settings.hostfile else ["--num_accelerators", str(num_ranks)]
+        return ["deepspeed.launcher.runner", *hosts, "--no_local_rank", "--module", module, str(plan_path)]
+    if num_ranks == 1:
+        return [module, str(plan_path)]  # no launcher: it would import torch for nothing, 2 s
+    return ["torch.distributed.run", "--standalone", "--nproc-per-node", str(num_ranks), "-m", module, str(plan_path)]
+
+
+def stop(process: "subprocess.Popen[bytes]") -> None:
+    """End the launcher and with it the ranks; nothing where it has ended."""
+    if process.poll() is None:
+        process.send_signal(signal.SIGTERM)
+        try:
+            process.wait(GRACE_SECONDS)
+        except subprocess.TimeoutExpired:
+            process.kill()  # the ranks die with it: see tasks.machine.die_with_parent
+            process.wait()
+    assert process.stdout
+    process.stdout.close()
+
+
+def _lines(process: "subprocess.Popen[bytes]") -> Iterator[str]:
+    """Every line of the ranks, until the launcher has ended and nothing more comes."""
+    assert process.stdout
+    descriptor, pending = process.stdout.fileno(), b""
+    with selectors.DefaultSelector() as selector:
+        selector.register(descriptor, selectors.EVENT_READ)
+        while True:
+            if not selector.select(POLL_SECONDS):
+                if process.poll() is not None:  # a process that outlived its launcher still holds the pipe
+                    break
+                continue
+            data = os.read(descriptor, 1 << 16)
+            if not data:
+                break
+            *whole, pending = (pending + data).split(b"\n")
+            yield from (line.decode(errors="replace") for line in whole)
+    if pending:
+        yield pending.decode(errors="replace")
+
+
+class _Listener:
+    """Hears the ranks' lines: metrics go to ``on_metrics``, the others to the log, the last ones are kept."""
+
+    def __init__(self, label: str, on_metrics: OnMetrics | None) -> None:
+        self.label = label
+        self.on_metrics = on_metrics
+        self.tail: deque[str] = deque(maxlen=TAIL_LINES)
+        self.failure: dict[str, Any] | None = None
+        self.dead_rank: str | None = None
+        self.dead_exit: str | None = None
+
+    def hear(self, line: str) -> None:
+        if line.startswith(METRICS_PREFIX):
+            if self.on_metrics:
+                self.on_metrics(orjson.loads(line[len(METRICS_PREFIX) :]))
+        elif line.startswith(FAILURE_PREFIX):
+            # The first is the cause: its peers then fail for want of it.
+            self.failure = self.failure or orjson.loads(line[len(FAILURE_PREFIX) :])
+        elif line.strip():
+            self.tail.append(line)
+            if found := TORCHRUN_RANK.match(line):
+                self.dead_rank = found[1]
+            if found := TORCHRUN_EXIT.match(line):
+                self.dead_exit = found[1]
+            log.log(level_of(line), "%s", line.rstrip())
+
+    def error(self, code: int) -> SeqmillError:
+        """What to raise for a launcher that ended with ``code``."""
+        failure = self.failure
+        if failure and (known := _own_error(failure["type"])):
+            return known(failure["message"])
+        for line in self.tail:
+            log.error("%s", line)
+        if failure:
+            what = f"rank {failure['rank']} failed with {failure['type']}: {failure['message']}"
+        else:
+            rank = f"rank {self.dead_rank}" if self.dead_rank else "the worker"
+            what = f"{rank} ended with exit code {self.dead_exit or code}{_killed(self.dead_exit or code)}"
+        return WorkerError(f"{self.label}: {what}; its last lines are above, the checkpoints before it are kept")
+
+
+def _own_error(name: str) -> type[SeqmillError] | None:
+    found = getattr(errors, name, None)
+    return found if isinstance(found, type) and issubclass(found, SeqmillError) else None
+
+
+def _killed(code: str | int) -> str:
+    return " (killed: out of memory?)" if int(code) == -signal.SIGKILL else ""
