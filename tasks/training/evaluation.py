@@ -1,0 +1,244 @@
+"""A model to its evaluation: validation loss, accuracy on held-out conversations, samples.
+
+Reads   pretrained | finetuned   a Hugging Face model folder
+        adapter                  a PEFT folder on that model, optional
+        blocks                   BLOCKS of the validation split, optional
+        examples                 HELD_OUT, optional
+Writes  evaluation.json          validation, held_out, samples: see ``evaluation_of``
+"""
+
+import logging
+import os
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from math import log as ln
+from math import sqrt
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import orjson
+import pyarrow as pa
+from pydantic import Field
+
+from tasks.store import Artifact, Built, Spec, Work, stage
+from tasks.training.launch import run_worker
+
+log = logging.getLogger(__name__)
+
+# Told in evaluation.json, in the file's order: enough to see what a model gets wrong.
+LISTED_WRONG = 30
+LISTED_RIGHT = 20
+# With more distinct responses than this the question is an open one, and a table of them says nothing.
+MAX_CONFUSION = 20
+OTHER_ANSWER = "(other)"
+# A loss is a sum over many threads; its seventh digit may differ between two processors.
+LOSS_DIGITS = 6
+Z_95 = 1.959964  # the normal distribution's 97.5% point
+
+
+class EvaluationSpec(Spec):
+    """What is asked of a model."""
+
+    prompts: tuple[str, ...] = Field((), description="texts that the model continues, as samples")
+    chat_prompts: tuple[str, ...] = Field((), description="samples that ask as a user's turn, through the chat template")
+    max_sample_tokens: int = Field(100, ge=1, description="length of a sample, in tokens")
+    temperature: float = Field(0.8, ge=0, description="of the samples; 0 takes the likeliest token every time")
+    top_p: float = Field(0.95, gt=0, le=1, description="share of the probability that samples draw from")
+    seed: int = Field(0, ge=0, description="of the samples, the same for each of them")
+    max_validation_blocks: int | None = Field(None, ge=1, description="blocks of the validation split; absent: all of them")
+    max_held_out: int | None = Field(None, ge=1, description="held-out conversations, the first ones; absent: all of them")
+    max_new_tokens: int = Field(32, ge=1, description="length of a held-out answer, in tokens, its end marker included")
+    dtype: Literal["float32", "bfloat16"] = Field("float32", description="number format of the computation")
+
+
+@dataclass(frozen=True)
+class EvaluatorPlan:
+    """All that the evaluator process is told; written as JSON, paths are plain strings."""
+
+    model_dir: str
+    adapter_dir: str | None
+    block_files: list[str]
+    num_blocks: int
+    block_size: int
+    held_out_file: str | None
+    num_held_out: int
+    spec: dict[str, Any]
+    result_path: str
+
+
+@stage("evaluation", revision=1)
+def build_evaluation(
+    work: Work,
+    spec: EvaluationSpec,
+    model: Artifact,
+    *,
+    adapter: Artifact | None = None,
+    blocks: Artifact | None = None,
+    examples: Artifact | None = None,
+) -> Built:
+    """Run the evaluator over one model, then score what it answered."""
+    plan = evaluator_plan(spec, work.scratch, model=model, adapter=adapter, blocks=blocks, examples=examples)
+    plan_path = work.scratch / "plan.json"
+    plan_path.write_bytes(orjson.dumps(asdict(plan)))
+    # One process on this host with every core: it runs alone, whatever the training's launcher is.
+    settings = replace(work.machine.training, launcher="torchrun", hostfile=None, threads_per_rank=len(os.sched_getaffinity(0)))
+    total = plan.num_blocks + plan.num_held_out + len(spec.prompts) + len(spec.chat_prompts)
+    with work.machine.progress("evaluation", total, "rows") as advance:
+        run_worker(
+            "tasks.training.evaluator",
+            plan_path,
+            num_ranks=1,
+            settings=settings,
+            on_metrics=lambda metrics: advance(metrics["num_rows"]),
+            label="evaluation",
+        )
+    result = orjson.loads(Path(plan.result_path).read_bytes())
+    evaluation = evaluation_of(result, blocks.stats["validation"] if blocks else {})
+    (work.folder / "evaluation.json").write_bytes(orjson.dumps(evaluation, option=orjson.OPT_INDENT_2))
+    return Built(stats=stats_of(evaluation), produced_by={"evaluator_seconds": result["seconds"]})
+
+
+def evaluator_plan(
+    spec: EvaluationSpec,
+    folder: Path,
+    *,
+    model: Artifact,
+    adapter: Artifact | None,
+    blocks: Artifact | None,
+    examples: Artifact | None,
+) -> EvaluatorPlan:
+    """The plan of one evaluation; its result goes to ``folder``."""
+    held_out = examples.file("held-out.arrow") if examples and examples.has_file("held-out.arrow") else None
+    return EvaluatorPlan(
+        model_dir=str(model.path),
+        adapter_dir=str(adapter.path) if adapter else None,
+        block_files=[str(path) for path in validation_files(blocks)] if blocks else [],
+        num_blocks=_least(blocks.stats["validation"]["num_blocks"] if blocks else 0, spec.max_validation_blocks),
+        block_size=blocks.stats["block_size"] if blocks else 1,
+        held_out_file=str(held_out) if held_out else None,
+        num_held_out=_least(count_rows(held_out) if held_out else 0, spec.max_held_out),
+        spec=spec.model_dump(mode="json"),
+        result_path=str(folder / "result.json"),
+    )
+
+
+def validation_files(blocks: Artifact) -> Iterator[Path]:
+    """The files that hold the validation split's blocks, in order."""
+    for entry in blocks.shards("validation"):
+        yield blocks.shard_file(entry, "blocks.arrow")
+    if blocks.has_file("validation-tail.arrow"):
+        yield blocks.file("validation-tail.arrow")
+
+
+def read_blocks(files: Sequence[str], num_blocks: int) -> Iterator[np.ndarray]:
+    """The first blocks of ``files``, each int32 (block_size,), memory-mapped."""
+    for file in files:
+        with pa.memory_map(file) as source, pa.ipc.open_stream(source) as batches:
+            for batch in batches:
+                column = batch.column("input_ids")
+                for block in column.flatten().to_numpy().reshape(len(column), -1):
+                    if num_blocks == 0:
+                        return
+                    yield block
+                    num_blocks -= 1
+
+
+def read_held_out(path: Path, num_rows: int) -> list[dict[str, Any]]:
+    """The first rows of a HELD_OUT file: {"prompt_ids", "response"}."""
+    rows: list[dict[str, Any]] = []
+    with pa.memory_map(str(path)) as source, pa.ipc.open_stream(source) as batches:
+        for batch in batches:
+            rows += batch.slice(0, num_rows - len(rows)).to_pylist()
+            if len(rows) == num_rows:
+                break
+    return rows
+
+
+def count_rows(path: Path) -> int:
+    """Rows of an IPC stream."""
+    with pa.memory_map(str(path)) as source, pa.ipc.open_stream(source) as batches:
+        return sum(batch.num_rows for batch in batches)
+
+
+def evaluation_of(result: dict[str, Any], split: dict[str, int]) -> dict[str, Any]:
+    """What evaluation.json holds, from the evaluator's result.
+
+    split: the validation counts of the blocks' stats. ``validation`` and ``held_out`` are None where nothing was read.
+    """
+    validation = result["validation"]
+    if validation:
+        loss = round(validation["loss"], LOSS_DIGITS)
+        validation = {**validation, "loss": loss, "bits_per_byte": bits_per_byte(loss, split["num_tokens"], split["num_bytes"])}
+    return {
+        "validation": validation,
+        "held_out": score(result["held_out"]) if result["held_out"] else None,
+        "samples": result["samples"],
+    }
+
+
+def bits_per_byte(loss: float, num_tokens: int, num_bytes: int) -> float:
+    """The loss (nats a token) over the text's UTF-8 bytes, which no tokenizer changes."""
+    return round(loss / ln(2) * num_tokens / num_bytes, LOSS_DIGITS)
+
+
+def score(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Accuracy by exact match, beside always giving the commonest response.
+
+    rows: {"prompt", "response", "answer"}; an answer of None: the prompt left no room for one, which counts as wrong.
+    """
+    right = [row["answer"] == row["response"].strip() for row in rows]
+    responses = Counter(row["response"].strip() for row in rows)
+    # The commonest; of equally common ones the first in the alphabet.
+    majority, num_majority = min(responses.items(), key=lambda item: (-item[1], item[0]))
+    return {
+        "num_rows": len(rows),
+        "num_right": sum(right),
+        "num_without_room": sum(row["answer"] is None for row in rows),
+        "accuracy": round(sum(right) / len(rows), 6),
+        "interval": wilson(sum(right), len(rows)),
+        "majority_response": majority,
+        "majority_share": round(num_majority / len(rows), 6),
+        "confusion": confusion(rows, sorted(responses)) if len(responses) <= MAX_CONFUSION else None,
+        "answers": _listed(rows, right),
+    }
+
+
+def confusion(rows: Sequence[dict[str, Any]], responses: Sequence[str]) -> dict[str, dict[str, int]]:
+    """For every response, how often each of them was answered; whatever else was answered counts as OTHER_ANSWER."""
+    table = {response: dict.fromkeys([*responses, OTHER_ANSWER], 0) for response in responses}
+    for row in rows:
+        answer = row["answer"] if row["answer"] in table else OTHER_ANSWER
+        table[row["response"].strip()][answer] += 1
+    return table
+
+
+def wilson(num_right: int, num_rows: int) -> tuple[float, float]:
+    """The 95% interval of a share (Wilson 1927), which stays within 0 and 1 near both ends."""
+    share, spread = num_right / num_rows, Z_95**2 / num_rows
+    middle = (share + spread / 2) / (1 + spread)
+    half = Z_95 / (1 + spread) * sqrt(share * (1 - share) / num_rows + spread / (4 * num_rows))
+    return round(max(0.0, middle - half), 6), round(min(1.0, middle + half), 6)
+
+
+def stats_of(evaluation: dict[str, Any]) -> dict[str, Any]:
+    """The figures that the manifest tells; those that were not measured are absent."""
+    validation, held_out = evaluation["validation"], evaluation["held_out"]
+    stats: dict[str, Any] = {"num_samples": len(evaluation["samples"])}
+    if validation:
+        stats |= {"validation_loss": validation["loss"], "validation_bits_per_byte": validation["bits_per_byte"]}
+    if held_out:
+        stats |= {"held_out_accuracy": held_out["accuracy"], "num_held_out": held_out["num_rows"]}
+        stats |= {"majority_share": held_out["majority_share"]}
+    return stats
+
+
+def _listed(rows: Sequence[dict[str, Any]], right: Sequence[bool]) -> list[dict[str, Any]]:
+    wrong_rows = [number for number, is_right in enumerate(right) if not is_right][:LISTED_WRONG]
+    right_rows = [number for number, is_right in enumerate(right) if is_right][:LISTED_RIGHT]
+    return [{**rows[number], "is_right": right[number]} for number in sorted(wrong_rows + right_rows)]
+
+
+def _least(count: int, limit: int | None) -> int:
+    return count if limit is None else min(count, limit)

@@ -1,0 +1,163 @@
+"""The evaluator on a tiny model, and the stage around it through the real store and launcher."""
+
+from pathlib import Path
+
+import numpy as np
+import orjson
+import pyarrow as pa
+import pytest
+import torch
+
+from tasks.errors import CorpusError
+from tasks.machine import Machine
+from tasks.schemas import HELD_OUT, blocks_schema
+from tasks.store import Artifact, ArtifactStore, Built, Spec, Work, shard_entry, stage
+from tasks.training.evaluation import EvaluationSpec, build_evaluation
+from tasks.training.evaluator import blocks_per_batch, validate
+from tasks.training.generate import load_language_model
+from tests.training.tiny import VOCAB_SIZE, save_tiny_adapter, save_tiny_model
+
+BLOCK_SIZE = 16
+
+
+class FolderSpec(Spec):
+    pass
+
+
+@stage("pretrained", revision=1)
+def build_model(work: Work, spec: FolderSpec) -> Built:
+    save_tiny_model(work.folder)
+    return Built()
+
+
+@stage("adapter", revision=1)
+def build_adapter(work: Work, spec: FolderSpec, base: Artifact) -> Built:
+    save_tiny_adapter(base.path, work.folder)
+    return Built()
+
+
+class BlocksSpec(Spec):
+    rows: tuple[tuple[int, ...], ...]
+
+
+def write_blocks(path: Path, rows: list[tuple[int, ...]]) -> None:
+    schema = blocks_schema(BLOCK_SIZE)
+    with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_stream(sink, schema) as writer:
+        writer.write_batch(pa.RecordBatch.from_pylist([{"input_ids": list(row)} for row in rows], schema=schema))
+
+
+@stage("blocks-shard", revision=1)
+def build_blocks_shard(work: Work, spec: BlocksSpec) -> Built:
+    write_blocks(work.folder / "blocks.arrow", list(spec.rows))
+    return Built()
+
+
+@stage("blocks", revision=1)
+def build_blocks(work: Work, spec: BlocksSpec) -> Built:
+    *rows, tail = spec.rows
+    shard = build_blocks_shard(work.store, work.machine, BlocksSpec(rows=tuple(rows)))
+    write_blocks(work.folder / "validation-tail.arrow", [tail])
+    counts = {"num_blocks": len(spec.rows), "num_tokens": 50, "num_bytes": 100}
+    return Built({"block_size": BLOCK_SIZE, "validation": counts}, (shard_entry("validation/00000", shard),))
+
+
+@stage("examples", revision=1)
+def build_examples(work: Work, spec: FolderSpec) -> Built:
+    rows = [{"prompt_ids": list(b"ab" * length), "response": "x"} for length in (1, 3, 2, 32)]
+    with pa.OSFile(str(work.folder / "held-out.arrow"), "wb") as sink, pa.ipc.new_stream(sink, HELD_OUT) as writer:
+        writer.write_batch(pa.RecordBatch.from_pylist(rows, schema=HELD_OUT))
+    return Built()
+
+
+ROWS = tuple(tuple(range(start, start + BLOCK_SIZE)) for start in (0, 60, 200))
+SPEC = EvaluationSpec(prompts=("ab", "好"), chat_prompts=("ab",), max_sample_tokens=8, max_new_tokens=4)
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory: pytest.TempPathFactory) -> ArtifactStore:
+    return ArtifactStore(tmp_path_factory.mktemp("store"))
+
+
+@pytest.fixture(scope="module")
+def inputs(store: ArtifactStore) -> dict[str, Artifact]:
+    model = build_model(store, Machine(), FolderSpec())
+    return {
+        "model": model,
+        "adapter": build_adapter(store, Machine(), FolderSpec(), base=model),
+        "blocks": build_blocks(store, Machine(), BlocksSpec(rows=ROWS)),
+        "examples": build_examples(store, Machine(), FolderSpec()),
+    }
+
+
+@pytest.fixture(scope="module")
+def evaluation(store: ArtifactStore, inputs: dict[str, Artifact]) -> Artifact:
+    return build_evaluation(store, Machine(), SPEC, **inputs)
+
+
+def cross_entropy_by_hand(logits: np.ndarray, ids: tuple[int, ...]) -> float:
+    """Summed over all but the first id, in float64."""
+    logits = logits.astype(np.float64)
+    log_mass = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+    return -sum(log_mass[position, ids[position + 1]] for position in range(len(ids) - 1))
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 8])
+def test_validation_loss_is_the_mean_cross_entropy_by_hand(inputs: dict[str, Artifact], batch_size: int) -> None:
+    loaded = load_language_model(inputs["model"].path)
+    blocks = iter(np.array(ROWS, dtype=np.int32))
+    with torch.inference_mode():
+        by_hand = [cross_entropy_by_hand(loaded.model(torch.tensor([ids])).logits[0].numpy(), ids) for ids in ROWS]
+    result = validate(loaded.model, blocks, batch_size)
+    assert result is not None
+    assert result["loss"] == pytest.approx(sum(by_hand) / (3 * (BLOCK_SIZE - 1)), rel=1e-5)
+    assert (result["num_blocks"], result["num_tokens"]) == (3, 45)
+
+
+def test_a_token_beyond_the_models_vocabulary_is_refused(inputs: dict[str, Artifact]) -> None:
+    loaded = load_language_model(inputs["model"].path)
+    with pytest.raises(CorpusError, match=f"token id {VOCAB_SIZE}, the model's vocabulary has {VOCAB_SIZE}"):
+        validate(loaded.model, iter([np.array([0, VOCAB_SIZE], dtype=np.int32)]), 1)
+
+
+def test_a_batch_is_as_large_as_its_logits_allow() -> None:
+    assert blocks_per_batch(block_size=2048, vocab_size=8192) == 8
+    assert blocks_per_batch(block_size=2048, vocab_size=151_936) == 1
+
+
+def test_the_stage_measures_what_its_inputs_allow(evaluation: Artifact) -> None:
+    written = orjson.loads(evaluation.file("evaluation.json").read_bytes())
+    assert written["validation"]["num_blocks"] == 3
+    assert written["held_out"]["num_rows"] == 4
+    # 64 tokens of prompt fill the model's 64 positions.
+    assert written["held_out"]["num_without_room"] == 1
+    told = [(sample["prompt"], sample["is_chat"]) for sample in written["samples"]]
+    assert told == [("ab", False), ("好", False), ("ab", True)]
+
+
+def test_another_run_writes_the_same_bytes_and_counts_its_rows(
+    evaluation: Artifact, inputs: dict[str, Artifact], tmp_path: Path
+) -> None:
+    bar = Bar()
+    again = build_evaluation(ArtifactStore(tmp_path), Machine(num_workers=2, progress=bar), SPEC, **inputs)
+    assert again.content == evaluation.content
+    assert (bar.total, bar.done) == (3 + 4 + 3, 10)
+
+
+class Bar:
+    """A fake progress bar that counts."""
+
+    total: int | None = None
+    done = 0
+
+    def __call__(self, label: str, total: int | None, unit: str) -> "Bar":
+        self.total = total
+        return self
+
+    def __enter__(self):  # type: ignore[no-untyped-def]
+        return self.advance
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+    def advance(self, amount: int) -> None:
+        self.done += amount
