@@ -75,13 +75,14 @@ class Machine:
 
     def map_shards(self, function: Callable[[Any], Any], items: Sequence[Any], label: str) -> list[Any]:
         """Apply ``function`` to every item, in the process pool, and return the results in the items' order."""
-        run = self.runner or self.run_in_pool
-        return run(function, items, label)
-
-    def run_in_pool(self, function: Callable[[Any], Any], items: Sequence[Any], label: str) -> list[Any]:
-        """The default runner: this process when one worker is enough, else the pool, started once."""
+        if self.runner:
+            return self.runner(function, items, label)
         if self.num_workers == 1 or len(items) <= 1:
             return [function(item) for item in items]
+        return self.run_in_pool(function, items, label)
+
+    def run_in_pool(self, function: Callable[[Any], Any], items: Sequence[Any], label: str) -> list[Any]:
+        """Apply ``function`` to every item in the pool of ``num_workers`` processes, which is started once."""
         try:
             return list(_pool(self.num_workers).map(function, items))
         except BrokenProcessPool as error:

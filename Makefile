@@ -1,0 +1,58 @@
+# make demo   the whole DAG on real text, from a fresh clone
+# make test   lint, types, import contracts and the fast suite, from a fresh clone
+# make ui     the Prefect UI over the runs that the store remembers
+
+PYTHON ?= python3
+BIN := .venv/bin
+SEQMILL := $(BIN)/seqmill
+INSTALL := $(BIN)/pip install --quiet --disable-pip-version-check --constraint requirements.lock --editable
+
+.PHONY: demo test lint types contracts suite slow ui lock clean
+
+demo: .venv/.demo
+	$(SEQMILL) demo-data data/demo
+	$(SEQMILL) run demo
+
+test: lint types contracts suite
+
+lint: .venv/.dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: .venv/.dev
+	$(BIN)/mypy
+
+contracts: .venv/.dev
+	$(BIN)/lint-imports
+
+suite: .venv/.dev
+	$(BIN)/pytest -m "not slow"
+
+slow: .venv/.dev
+	$(BIN)/pytest -m slow
+
+ui: .venv/.demo
+	$(SEQMILL) ui
+
+.venv/bin/python:
+	$(PYTHON) -m venv .venv
+
+.venv/.demo: pyproject.toml requirements.lock | .venv/bin/python
+	@echo "installing into .venv (about 2 GB; a minute or two)"
+	$(INSTALL) '.[demo]'
+	@touch $@
+
+.venv/.dev: pyproject.toml requirements.lock | .venv/bin/python
+	@echo "installing into .venv (about 2 GB; a minute or two)"
+	$(INSTALL) '.[dev]'
+	@touch .venv/.demo $@
+
+# What a fresh install of everything takes today; a local build's suffix (+cpu) is not part of a version to ask for.
+lock:
+	$(PYTHON) -m venv .venv-lock
+	.venv-lock/bin/pip install --quiet '.[dev]'
+	.venv-lock/bin/pip freeze --exclude seqmill | sed 's/+cpu$$//' > requirements.lock
+	rm -rf .venv-lock
+
+clean:
+	rm -rf .venv .mypy_cache .ruff_cache .pytest_cache
