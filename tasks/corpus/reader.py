@@ -19,7 +19,7 @@ from tasks.corpus.compressed import Readable, open_decompressed
 from tasks.errors import CorpusError
 from tasks.machine import Advance
 
-BLOCK_BYTES = 4 << 20  # one read each 4 MB
+BLOCK_BYTES = 1 << 20  # one read: the rows parsed at once, even of the shortest lines, stay under 100 MB
 EXCERPT_BYTES = 200  # enough to recognize a line by
 MAX_LINE_BYTES = 64 << 20  # a line is held whole in memory, and a text of 64 MB is no document
 BATCH_ROWS = 1_000

@@ -1,0 +1,128 @@
+"""Tokens to blocks: rows of exactly block_size ids, cut from a shard's documents end to end.
+
+Reads   tokens-shard  tokens.arrow           TOKENS: input_ids
+Writes  blocks-shard  blocks.arrow           BLOCKS: input_ids, block_size ids a row (IPC stream)
+                      tail.arrow             TAIL: the ids left over, fewer than block_size (IPC stream)
+        blocks        train-tail.arrow       BLOCKS: made of the tails of the split's shards, in their order (IPC stream);
+                      validation-tail.arrow  absent where they make no row
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+from pydantic import Field
+
+from tasks.corpus.shards import ShardWork, build_shards, load_shard
+from tasks.errors import CorpusError
+from tasks.machine import Machine
+from tasks.schemas import SPLITS, TAIL, blocks_schema
+from tasks.store import Artifact, ArtifactStore, Built, Spec, Work, shard_entry, stage
+
+Ids = npt.NDArray[np.int32]
+
+BATCH_IDS = 1 << 20  # a record batch of about 4 MB: few enough to open at once, small enough to map a part
+
+
+class BlocksSpec(Spec):
+    """How long a block is."""
+
+    block_size: int = Field(2048, ge=2, description="token ids a block")
+
+
+@stage("blocks", revision=1)
+def build_blocks(work: Work, spec: BlocksSpec, tokens: Artifact) -> Built:
+    """Pack every tokens shard in the process pool, then the tails of each split; less than one block a split is dropped."""
+    listed = list(tokens.shards())
+    items = [ShardWork(spec, {"tokens": load_shard(work.store, entry)}) for entry in listed]
+    artifacts = build_shards(work, build_blocks_shard, pack_in_pool, items, "blocks")
+    splits = {}
+    for split in SPLITS:
+        shards = [artifact for entry, artifact in zip(listed, artifacts, strict=True) if entry.split == split]
+        splits[split] = _pack_tails(work.folder / f"{split}-tail.arrow", shards, spec.block_size)
+    if splits["train"]["num_blocks"] == 0:
+        raise CorpusError(
+            f"{tokens.ref}: the train split has {splits['train']['num_tokens']} tokens, fewer than one block of "
+            f"{spec.block_size}; take more documents or set a smaller blocks.block_size"
+        )
+    told = {name: tokens.stats[name] for name in ("vocab_size", "end_of_document_id")}
+    return Built(
+        stats={"block_size": spec.block_size, **told, **splits},
+        shards=tuple(shard_entry(entry.name, artifact) for entry, artifact in zip(listed, artifacts, strict=True)),
+    )
+
+
+def _pack_tails(path: Path, shards: Sequence[Artifact], block_size: int) -> dict[str, int]:
+    """Pack the tails of a split's shards; returns the split's counts, every token among them."""
+    tails = [read_tail(shard.file("tail.arrow")) for shard in shards]
+    blocks, remainder = pack(np.concatenate([np.empty(0, np.int32), *tails]), block_size)
+    if len(blocks):
+        write_blocks(path, blocks)
+    else:
+        path.unlink(missing_ok=True)
+    counts = {name: sum(shard.stats[name] for shard in shards) for name in ("num_tokens", "num_documents", "num_bytes")}
+    num_blocks = sum(shard.stats["num_blocks"] for shard in shards) + len(blocks)
+    assert counts["num_tokens"] == num_blocks * block_size + len(remainder), "tokens were lost or made in packing"
+    return {**counts, "num_blocks": num_blocks, "num_remainder": len(remainder)}
+
+
+def pack_in_pool(item: ShardWork) -> Artifact:
+    """Build one blocks shard in this process of the pool."""
+    spec = item.spec
+    assert isinstance(spec, BlocksSpec)
+    return build_blocks_shard(ArtifactStore(item.inputs["tokens"].root), Machine(), spec, **item.inputs)
+
+
+@stage("blocks-shard", revision=1)
+def build_blocks_shard(work: Work, spec: BlocksSpec, tokens: Artifact) -> Built:
+    """Pack one tokens shard."""
+    ids = read_ids(tokens.file("tokens.arrow"))
+    assert len(ids) == tokens.stats["num_tokens"], "the tokens shard has another number of tokens than it says"
+    blocks, tail = pack(ids, spec.block_size)
+    write_blocks(work.folder / "blocks.arrow", blocks)
+    write_tail(work.folder / "tail.arrow", tail)
+    counts = {name: tokens.stats[name] for name in ("num_tokens", "num_documents", "num_bytes")}
+    return Built(stats={**counts, "num_blocks": len(blocks), "num_tail": len(tail)})
+
+
+def pack(ids: Ids, block_size: int) -> tuple[Ids, Ids]:
+    """Cut one stream of token ids into blocks.
+
+    ids: (num_tokens,). Returns views: (num_tokens // block_size, block_size), and the tail, fewer than block_size ids.
+    As GPT-3 (arXiv:2005.14165, appendix B): documents share a block.
+    """
+    end = len(ids) - len(ids) % block_size
+    return ids[:end].reshape(-1, block_size), ids[end:]
+
+
+def read_ids(path: Path) -> Ids:
+    """All ids of a tokens shard, end to end."""
+    with pa.memory_map(str(path)) as source:
+        reader = pa.ipc.open_file(source)
+        batches = (reader.get_batch(i).column(0).flatten().to_numpy() for i in range(reader.num_record_batches))
+        return np.concatenate([np.empty(0, np.int32), *batches])
+
+
+def write_blocks(path: Path, blocks: Ids) -> None:
+    """Write blocks (num_blocks, block_size) as BLOCKS."""
+    block_size = blocks.shape[1]
+    schema, rows = blocks_schema(block_size), max(1, BATCH_IDS // block_size)
+    with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_stream(sink, schema) as writer:
+        for start in range(0, len(blocks), rows):
+            values = pa.array(blocks[start : start + rows].reshape(-1))
+            column = pa.FixedSizeListArray.from_arrays(values, type=schema.field(0).type)
+            writer.write_batch(pa.record_batch([column], schema=schema))
+
+
+def write_tail(path: Path, tail: Ids) -> None:
+    with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_stream(sink, TAIL) as writer:
+        writer.write_batch(pa.record_batch([pa.array(tail)], schema=TAIL))
+
+
+def read_tail(path: Path) -> Any:
+    """The ids of a TAIL file."""
+    with pa.OSFile(str(path)) as source:
+        return pa.ipc.open_stream(source).read_all()["input_ids"].to_numpy()

@@ -1,0 +1,102 @@
+"""Byte-level BPE trained on documents, with Qwen2.5's text rules and ChatML's special tokens.
+
+Reads   documents-shard  documents.parquet    DOCUMENTS: text, of the train split
+Writes  tokenizer        tokenizer.json, tokenizer_config.json, chat_template.jinja
+"""
+
+import hashlib
+import json
+import logging
+from collections.abc import Iterator
+
+import pyarrow.parquet as pq
+from pydantic import Field
+
+from tasks.corpus.shards import load_shard
+from tasks.machine import Advance
+from tasks.store import Artifact, Spec, Work
+
+log = logging.getLogger(__name__)
+
+END_OF_TEXT, TURN_START, TURN_END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
+SPECIAL_TOKENS = (END_OF_TEXT, TURN_START, TURN_END)
+MIN_VOCAB_SIZE = 256 + len(SPECIAL_TOKENS)  # every byte is a token, so that every text can be encoded
+
+# As in Qwen2.5's tokenizer.json: contractions, words, single digits, punctuation, line ends, other spaces.
+QWEN_PATTERN = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+
+CHAT_TEMPLATE = (
+    "{% for message in messages %}"
+    "{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>' + '\\n' }}"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
+)
+
+# PreTrainedTokenizerFast: tokenizer.json as it stands. Qwen2Tokenizer would build its own rules around the vocabulary.
+CONFIG = {
+    "tokenizer_class": "PreTrainedTokenizerFast",
+    "eos_token": END_OF_TEXT,
+    "pad_token": END_OF_TEXT,
+    "clean_up_tokenization_spaces": False,
+}
+
+BATCH_DOCUMENTS = 1_000
+
+
+class TokenizerTrainingSpec(Spec):
+    """How a tokenizer is trained on the documents' train split."""
+
+    vocab_size: int = Field(
+        ge=MIN_VOCAB_SIZE, description="learn at most so many tokens, the 256 bytes and 3 special tokens among them"
+    )
+    min_frequency: int = Field(2, ge=1, description="merge pairs that occur at least so often")
+    max_bytes: int = Field(
+        100_000_000, ge=1, description="train on at most about so many bytes of text, drawn evenly from the split by digest"
+    )
+
+
+def train(work: Work, spec: TokenizerTrainingSpec, documents: Artifact) -> None:
+    """Train, and write the tokenizer's files into the artifact's folder."""
+    from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.normalizer = normalizers.NFC()
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(QWEN_PATTERN), "isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.post_processor = processors.ByteLevel(trim_offsets=False)
+    trainer = trainers.BpeTrainer(
+        vocab_size=spec.vocab_size,
+        min_frequency=spec.min_frequency,
+        special_tokens=list(SPECIAL_TOKENS),
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    total = documents.stats["train"]["num_bytes"]
+    with work.machine.progress("tokenizer", min(total, spec.max_bytes), "B") as advance:
+        tokenizer.train_from_iterator(_sample(work, documents, spec.max_bytes / max(total, 1), advance), trainer)
+    if tokenizer.get_vocab_size() < spec.vocab_size:
+        found = tokenizer.get_vocab_size()
+        log.warning("%s: only %d of %d tokens could be learned from %d bytes", documents.ref, found, spec.vocab_size, total)
+    tokenizer.save(str(work.folder / "tokenizer.json"))
+    (work.folder / "tokenizer_config.json").write_text(json.dumps(CONFIG, indent=2) + "\n")
+    (work.folder / "chat_template.jinja").write_text(CHAT_TEMPLATE)
+
+
+def _sample(work: Work, documents: Artifact, share: float, advance: Advance) -> Iterator[list[str]]:
+    """Batches of the train split's texts, each text chosen by its digest, so that the choice is spread over the corpus."""
+    for entry in documents.shards("train"):
+        with pq.ParquetFile(load_shard(work.store, entry).file("documents.parquet")) as table:
+            for batch in table.iter_batches(BATCH_DOCUMENTS):
+                texts = [text for text in batch["text"].to_pylist() if share >= 1 or _number(text) < share]
+                yield texts
+                advance(sum(len(text.encode()) for text in texts))
+
+
+def _number(text: str) -> float:
+    """A number in [0, 1) from the third 8 bytes of the text's digest: the first decide the split, the second the shard."""
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[16:24], "big") / 2**64

@@ -1,0 +1,39 @@
+"""Shards of an artifact through the process pool: those found in the store are not handed out again."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from tasks.errors import StoreError
+from tasks.store import Artifact, ArtifactStore, ShardEntry, Spec, Stage, Work, digest_json
+
+
+@dataclass(frozen=True)
+class ShardWork:
+    """One shard to build: the spec and the inputs of its stage. Picklable."""
+
+    spec: Spec
+    inputs: dict[str, Artifact]
+
+
+def load_shard(store: ArtifactStore, entry: ShardEntry) -> Artifact:
+    """The artifact of a listed shard. Raises StoreError where the store lost it."""
+    artifact = store.load(entry.kind, entry.key)
+    if artifact is None:
+        raise StoreError(f"{store.root}: shard {entry.name} ({entry.kind}/{entry.key[:12]}) is missing; run again to rebuild it")
+    return artifact
+
+
+def build_shards(
+    work: Work, shard_stage: Stage[Any], build: Callable[[ShardWork], Artifact], items: Sequence[ShardWork], label: str
+) -> list[Artifact]:
+    """The artifact of every item, in order. ``build`` calls ``shard_stage`` on an item, in a worker process."""
+    found = [_find(work.store, shard_stage, item) for item in items]
+    missing = [item for item, artifact in zip(items, found, strict=True) if artifact is None]
+    built = iter(work.machine.map_shards(build, missing, label) if missing else ())
+    return [artifact or next(built) for artifact in found]
+
+
+def _find(store: ArtifactStore, shard_stage: Stage[Any], item: ShardWork) -> Artifact | None:
+    contents = {name: artifact.content for name, artifact in item.inputs.items()}
+    return store.find(shard_stage.kind, digest_json(shard_stage.identity(item.spec, contents)))

@@ -1,0 +1,132 @@
+"""Documents to tokens: one tokens shard per documents shard, one row per document, same order.
+
+Reads   documents-shard  documents.parquet  DOCUMENTS: text
+        tokenizer        tokenizer.json
+Writes  tokens-shard     tokens.arrow       TOKENS: input_ids, every row closed by the end-of-document id
+"""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.parquet as pq
+from pydantic import Field
+
+from tasks.corpus.encoder import Encoded, MismatchError, encoder_for, one_core
+from tasks.corpus.shards import ShardWork, build_shards, load_shard
+from tasks.corpus.tokenizer import TOKENIZER_JSON, read_vocabulary
+from tasks.errors import CorpusError
+from tasks.machine import Machine
+from tasks.schemas import DOCUMENTS, SPLITS, TOKENS
+from tasks.store import Artifact, ArtifactStore, Built, ShardEntry, Spec, Work, shard_entry, stage
+
+# Enough work to keep every core busy per call. Not in the spec: it cannot change the output.
+BATCH_DOCUMENTS = 1_000
+
+# Encodes texts, told the number of the first of them in its shard.
+EncodeBatch = Callable[[Sequence[str], int], Encoded]
+
+
+class TokensSpec(Spec):
+    """How documents become rows of token ids."""
+
+    end_of_document: str = Field("<|endoftext|>", min_length=1, description="the token whose id closes every document")
+
+
+@stage("tokens", revision=1)
+def build_tokens(work: Work, spec: TokensSpec, documents: Artifact, tokenizer: Artifact) -> Built:
+    """Tokenize every documents shard in the process pool."""
+    vocabulary = read_vocabulary(tokenizer.file(TOKENIZER_JSON))
+    end_id = vocabulary.ids.get(spec.end_of_document)
+    if end_id is None:
+        raise CorpusError(
+            f"{tokenizer.ref}: no token {spec.end_of_document!r} to close documents with; its special tokens are "
+            f"{', '.join(vocabulary.special) or 'none'}: set tokens.end_of_document to one of its tokens"
+        )
+    listed = list(documents.shards())
+    items = [ShardWork(spec, {"documents": load_shard(work.store, entry), "tokenizer": tokenizer}) for entry in listed]
+    artifacts = build_shards(work, build_tokens_shard, tokenize_in_pool, items, "tokens")
+    entries = tuple(shard_entry(entry.name, artifact) for entry, artifact in zip(listed, artifacts, strict=True))
+    splits = {split: _sum_stats([entry for entry in entries if entry.split == split]) for split in SPLITS}
+    num_tokens = sum(split["num_tokens"] for split in splits.values())
+    stats = {
+        "end_of_document_id": end_id,
+        "vocab_size": vocabulary.size,
+        **splits,
+        "bytes_per_token": round(sum(split["num_bytes"] for split in splits.values()) / max(num_tokens, 1), 4),
+    }
+    return Built(stats=stats, shards=entries, produced_by={"encoders": _encoders(artifacts)})
+
+
+def _sum_stats(entries: Sequence[ShardEntry]) -> dict[str, int]:
+    sums = {name: sum(entry.stats[name] for entry in entries) for name in ("num_documents", "num_tokens", "num_bytes")}
+    return {**sums, "num_shards": len(entries)}
+
+
+def _encoders(artifacts: Sequence[Artifact]) -> dict[str, int]:
+    """How many shards each encoder made."""
+    names = [str(artifact.manifest.produced_by.get("encoder")) for artifact in artifacts]
+    return {name: names.count(name) for name in sorted(set(names))}
+
+
+def tokenize_in_pool(item: ShardWork) -> Artifact:
+    """Build one tokens shard in this process of the pool."""
+    store = ArtifactStore(item.inputs["documents"].root)
+    spec = item.spec
+    assert isinstance(spec, TokensSpec)
+    with one_core():
+        return build_tokens_shard(store, Machine(), spec, **item.inputs)
+
+
+@stage("tokens-shard", revision=1)
+def build_tokens_shard(work: Work, spec: TokensSpec, documents: Artifact, tokenizer: Artifact) -> Built:
+    """Tokenize one documents shard, by the reference where the fast encoder is found to differ."""
+    path = tokenizer.file(TOKENIZER_JSON)
+    encoder, end_id = encoder_for(path, tokenizer.content), read_vocabulary(path).ids[spec.end_of_document]
+    source, target = documents.file("documents.parquet"), work.folder / "tokens.arrow"
+    try:
+        num_tokens = tokenize_shard(source, target, encoder.encode, end_id)
+    except MismatchError:
+        num_tokens = tokenize_shard(source, target, encoder.encode, end_id)
+    counts = {name: documents.stats[name] for name in ("num_documents", "num_bytes")}
+    return Built(
+        stats={**counts, "num_tokens": num_tokens},
+        produced_by={"encoder": encoder.path, **({"encoder_note": encoder.note} if encoder.note else {})},
+    )
+
+
+def tokenize_shard(source: Path, target: Path, encode: EncodeBatch, end_id: int) -> int:
+    """Write ``target``, which exists only once it is complete; returns the number of tokens."""
+    partial, num_documents, num_tokens = target.with_suffix(".partial"), 0, 0
+    with (
+        pq.ParquetFile(source) as table,
+        pa.OSFile(str(partial), "wb") as sink,
+        pa.ipc.new_file(sink, TOKENS) as writer,
+    ):
+        for batch in table.iter_batches(BATCH_DOCUMENTS, columns=DOCUMENTS.names):
+            encoded = close_documents(encode(batch["text"].to_pylist(), num_documents), end_id)
+            writer.write_batch(to_batch(encoded))
+            num_documents += batch.num_rows
+            num_tokens += len(encoded.ids)
+    partial.rename(target)
+    return num_tokens
+
+
+def close_documents(encoded: Encoded, end_id: int) -> Encoded:
+    """Put ``end_id`` behind the ids of every document."""
+    offsets = encoded.offsets + np.arange(len(encoded.offsets))
+    ids: npt.NDArray[np.int32] = np.empty(offsets[-1], np.int32)
+    is_end = np.zeros(len(ids), bool)
+    is_end[offsets[1:] - 1] = True
+    ids[is_end] = end_id
+    ids[~is_end] = encoded.ids
+    return Encoded(ids, offsets)
+
+
+def to_batch(encoded: Encoded) -> Any:
+    """Rows of ids as a TOKENS record batch over the same buffers."""
+    rows = pa.LargeListArray.from_arrays(pa.array(encoded.offsets), pa.array(encoded.ids), type=TOKENS.field("input_ids").type)
+    return pa.record_batch([rows], schema=TOKENS)
