@@ -69,7 +69,7 @@ class _Stream:
     def read(self, size: int, /) -> bytes:
         try:
             data: bytes = self.stream.read(size)
-        except (OSError, RuntimeError) as error:
+        except (OSError, RuntimeError, ValueError, LookupError, ArithmeticError) as error:  # what C++ raises becomes one of these
             problem = "truncated" if "Truncated" in str(error) else f"truncated or damaged ({str(error).strip()})"
             raise CorpusError(
                 f"{self.path}: the compressed stream is {problem} near byte {max(self.told, self._position())} of {self.size}; "
