@@ -1,0 +1,104 @@
+"""Rows for the worker: blocks and examples, memory-mapped, as tensors.
+
+Reads   BLOCKS     input_ids
+        EXAMPLES   input_ids, labels, position_ids
+
+Shapes: B rows of a batch, T block_size.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import datasets
+import numpy as np
+import pyarrow as pa
+import torch
+from torch.utils.data import DataLoader, Sampler
+
+from tasks.errors import CorpusError
+from tasks.schemas import IGNORED_LABEL
+from tasks.training.order import RowOrder, Share
+
+Batch = dict[str, torch.Tensor]
+
+
+def open_rows(files: Sequence[str]) -> datasets.Dataset:
+    """The rows of Arrow streams one after the other; nothing is read until a row is asked for."""
+    parts = []
+    for name in files:
+        try:
+            parts.append(datasets.Dataset.from_file(name))
+        except (OSError, pa.ArrowInvalid) as error:
+            raise CorpusError(f"{name}: cannot be read as an Arrow stream ({error}); verify the store") from error
+    whole = [part for part in parts if len(part)]
+    rows = datasets.concatenate_datasets(whole) if whole else parts[0]
+    return rows.with_format("numpy")
+
+
+def collate(rows: list[dict[str, np.ndarray]]) -> Batch:
+    """Rows as tensors, int64 (B, T); a block's labels are its ids. No attention mask: any would undo position_ids."""
+    batch = {name: torch.from_numpy(np.stack([row[name] for row in rows]).astype(np.int64)) for name in rows[0]}
+    batch.setdefault("labels", batch["input_ids"].clone())
+    return batch
+
+
+class OrderedRows(torch.utils.data.Dataset[Any]):
+    """The training rows by position in the data order."""
+
+    def __init__(self, rows: datasets.Dataset, order: RowOrder, num_positions: int) -> None:
+        self.rows, self.order, self.num_positions = rows, order, num_positions
+
+    def __len__(self) -> int:
+        return self.num_positions
+
+    def __getitem__(self, position: int) -> dict[str, np.ndarray]:
+        return dict(self.rows[self.order.row(position)])
+
+
+@dataclass
+class MicroBatches(Sampler[list[int]]):
+    """This rank's micro batches from the first step still to do; its length is that of the whole run, as Trainer counts."""
+
+    share: Share
+    first_step: int
+    num_steps: int
+
+    def __len__(self) -> int:
+        return self.num_steps * self.share.accumulation
+
+    def __iter__(self) -> Iterator[list[int]]:
+        for step in range(self.first_step, self.num_steps):
+            for positions in self.share.micro_batches(step):
+                yield list(positions)
+
+
+def training_loader(
+    files: Sequence[str], seed: int, share: Share, first_step: int, num_steps: int
+) -> "DataLoader[dict[str, Any]]":
+    """The training rows of one rank, in order, from ``first_step`` on."""
+    rows = open_rows(files)
+    dataset = OrderedRows(rows, RowOrder(len(rows), seed), num_steps * share.global_batch_size)
+    return DataLoader(
+        dataset,
+        batch_sampler=MicroBatches(share, first_step, num_steps),
+        collate_fn=collate,
+        pin_memory=torch.cuda.is_available(),
+        # Its own: an iterator draws one number from the global generator otherwise.
+        generator=torch.Generator(),
+    )
+
+
+def validation_batches(files: Sequence[str], share: Share, most_rows: int | None) -> Iterator[Batch]:
+    """One rank's share of the validation rows. Every rank gets as many batches, as ZeRO-3 needs: the last may be all ignored."""
+    rows = open_rows(files)
+    num_rows = min(len(rows), most_rows or len(rows))
+    per_round = share.num_ranks * share.micro_batch_size
+    for start in range(0, num_rows, per_round):
+        first = start + share.rank * share.micro_batch_size
+        wanted = range(first, first + share.micro_batch_size)
+        batch = collate([rows[min(index, num_rows - 1)] for index in wanted])
+        for place, index in enumerate(wanted):
+            if index >= num_rows:
+                batch["labels"][place] = IGNORED_LABEL
+        yield batch

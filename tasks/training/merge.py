@@ -1,0 +1,47 @@
+"""The merging process: a base and its adapter to one model folder; `python -m tasks.training.merge PLAN.json`.
+
+Reads   a Hugging Face model folder, a PEFT folder
+Writes  config.json, generation_config.json, model.safetensors
+"""
+
+import logging
+from typing import Any
+
+import torch
+from peft import PeftModel
+from torch import nn
+from transformers import AutoModelForCausalLM
+
+from tasks.training.rank import run_rank
+
+log = logging.getLogger(__name__)
+
+
+def merge(plan: dict[str, Any]) -> None:
+    """Merge in fp32 and save in the base's number format."""
+    model = AutoModelForCausalLM.from_pretrained(plan["base_dir"], dtype=torch.float32, local_files_only=True)
+    merged = merged_model(model, plan["adapter_dir"])
+    merged.to(getattr(torch, plan["dtype"])).save_pretrained(plan["output_dir"])
+
+
+def merged_model(model: Any, adapter_dir: str) -> Any:
+    """The base with the adapter's products added to its weights."""
+    adapted = PeftModel.from_pretrained(model, adapter_dir)
+    untie_adapted_embedding(model)
+    return adapted.merge_and_unload(safe_merge=True)
+
+
+def untie_adapted_embedding(model: Any) -> None:
+    """Give the output layer its own copy of a shared embedding that is adapted.
+
+    The adapter changes what the embedding looks up, not the output layer: merged into the shared weight it would change both.
+    """
+    embedding, output = model.get_input_embeddings(), model.get_output_embeddings()
+    base = getattr(embedding, "base_layer", None)
+    if base is not None and output is not None and output.weight is base.weight:
+        output.weight = nn.Parameter(base.weight.detach().clone())
+        model.config.tie_word_embeddings = False
+
+
+if __name__ == "__main__":
+    run_rank(merge)

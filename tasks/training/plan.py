@@ -1,0 +1,127 @@
+"""The plan: all that launcher and worker share, and how a step's rows are shared out over this machine's ranks."""
+
+import logging
+import os
+import re
+import subprocess
+import sys
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import orjson
+
+from tasks.errors import SettingsError
+from tasks.machine import TrainingSettings
+
+log = logging.getLogger(__name__)
+
+# A micro batch's logits hold rows x block_size x vocabulary numbers; 2^28 of them are 1 GB in fp32.
+MOST_LOGITS = 1 << 28
+# Where a driver shows its GPUs; asking torch for them costs 2 s, so it is asked only where one of these exists.
+GPU_DEVICES = (Path("/proc/driver/nvidia/gpus"), Path("/dev/kfd"))
+HOST_SLOTS = re.compile(r"^\s*[^#\s]\S*\s+slots\s*=\s*(\d+)")
+
+
+@dataclass(frozen=True)
+class Batch:
+    """How the rows of a step are shared out: ranks x accumulation x micro batch size = global batch size."""
+
+    num_ranks: int
+    accumulation: int
+    micro_batch_size: int
+
+
+@dataclass(frozen=True)
+class TrainingPlan:
+    """What the worker is told; written as JSON, every path a plain string."""
+
+    label: str
+    model: dict[str, Any]  # "config" (of a new model) or "folder" (of weights); "attention"
+    train_files: list[str]
+    validation_files: list[str]
+    block_size: int
+    vocab_size: int  # of the tokenizer
+    num_steps: int
+    batch: dict[str, int]
+    optimization: dict[str, Any]
+    deepspeed: dict[str, Any]
+    output_dir: str
+    checkpoint_dir: str
+    resume_from: str | None
+    facts: dict[str, Any]  # what a checkpoint belongs to
+    result_path: str
+    lora: dict[str, Any] | None = None
+    generation: dict[str, Any] = field(default_factory=dict)  # fields of generation_config.json
+
+    def write(self, path: Path) -> None:
+        path.write_bytes(orjson.dumps(asdict(self), option=orjson.OPT_INDENT_2))
+
+
+def derive_batch(global_batch_size: int, settings: TrainingSettings, row_logits: int) -> Batch:
+    """Share a step out over this machine. ``row_logits``: block_size x vocabulary.
+
+    Raises SettingsError where the numbers do not divide.
+    """
+    num_ranks = derive_num_ranks(global_batch_size, settings)
+    rows = global_batch_size // num_ranks
+    if num_ranks * rows != global_batch_size:
+        raise SettingsError(
+            f"training.num_ranks: {num_ranks} ranks do not divide the recipe's global_batch_size {global_batch_size}; "
+            f"set training.num_ranks to one of {_divisors(global_batch_size, num_ranks)}"
+        )
+    micro = settings.micro_batch_size or max(
+        size for size in range(1, rows + 1) if rows % size == 0 and (size == 1 or size * row_logits <= MOST_LOGITS)
+    )
+    if micro < 1 or rows % micro:
+        raise SettingsError(
+            f"training.micro_batch_size: {micro} x {num_ranks} ranks does not divide the recipe's global_batch_size "
+            f"{global_batch_size}; set training.micro_batch_size to one of {_divisors(rows, rows)}"
+        )
+    return Batch(num_ranks, rows // micro, micro)
+
+
+def derive_num_ranks(global_batch_size: int, settings: TrainingSettings) -> int:
+    """The ranks asked for, else those of the hostfile, else one a GPU, else the most cores that divide the batch."""
+    if settings.num_ranks is not None:
+        if settings.num_ranks < 1:
+            raise SettingsError(f"training.num_ranks: {settings.num_ranks}; give 1 or more")
+        return settings.num_ranks
+    if settings.hostfile:
+        return count_slots(settings.hostfile)
+    if num_gpus := count_gpus():
+        return num_gpus
+    return max(size for size in range(1, num_cores() + 1) if global_batch_size % size == 0)
+
+
+def count_slots(hostfile: Path) -> int:
+    """The sum of the slots in a DeepSpeed hostfile, whose lines read ``host slots=8``."""
+    try:
+        lines = hostfile.read_text().splitlines()
+    except OSError as error:
+        raise SettingsError(f"{hostfile}: cannot be read ({error.strerror}); give a hostfile") from error
+    slots = sum(int(found[1]) for line in lines if (found := HOST_SLOTS.match(line)))
+    if not slots:
+        raise SettingsError(f"{hostfile}: no line reads `host slots=8`; write one for every host")
+    return slots
+
+
+def num_cores() -> int:
+    """The cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def count_gpus() -> int:
+    """The GPUs that torch sees; torch is not imported here, and not asked where there is no driver."""
+    if not any(path.exists() for path in GPU_DEVICES):
+        return 0
+    code = "import torch; print(torch.cuda.device_count())"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    if result.returncode:
+        log.warning("GPUs: torch cannot count them (%s); training on CPU", result.stderr.strip().splitlines()[-1:])
+        return 0
+    return int(result.stdout)
+
+
+def _divisors(number: int, most: int) -> str:
+    return ", ".join(str(size) for size in range(1, most + 1) if number % size == 0)

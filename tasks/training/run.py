@@ -1,0 +1,151 @@
+"""Train in ranks of this machine: plan, resume, launch, collect.
+
+Reads   Arrow streams of rows, checkpoints of an earlier try
+Writes  a model folder into staging; plan, checkpoints and metrics into its scratch
+"""
+
+import logging
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import orjson
+import pyarrow as pa
+
+from tasks.errors import RecipeError
+from tasks.store import Built, Work, digest_json
+from tasks.training.checkpoints import clear_torn, newest_checkpoint, step_of
+from tasks.training.deepspeed import load_deepspeed_config, zero_stage
+from tasks.training.launch import run_worker
+from tasks.training.metrics import MetricsFile, final_loss, follow, tokens_per_second
+from tasks.training.optimization import OptimizationSpec
+from tasks.training.plan import TrainingPlan, derive_batch
+
+log = logging.getLogger(__name__)
+
+WORKER = "tasks.training.worker"
+
+
+@dataclass(frozen=True)
+class Rows:
+    """The rows to train on and to validate with."""
+
+    train_files: Sequence[Path]
+    validation_files: Sequence[Path]
+    block_size: int
+    vocab_size: int  # of the tokenizer that made them
+    content: str  # the digest of all inputs
+
+
+@dataclass(frozen=True)
+class Start:
+    """What the model is at the start: a config or a folder; LoRA layers to add; fields of generation_config.json."""
+
+    config: dict[str, Any] | None
+    folder: Path | None
+    attention: str
+    vocab_size: int  # of the model
+    lora: dict[str, Any] | None = None
+    generation: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a training run tells besides its files."""
+
+    num_parameters: int
+    num_trainable_parameters: int
+    num_steps: int
+    train_loss: float | None
+    validation_loss: float | None
+    produced_by: dict[str, Any]
+
+    def built(self, **stats: Any) -> Built:
+        """For the manifest."""
+        counts = {name: getattr(self, name) for name in ("num_parameters", "num_steps", "train_loss", "validation_loss")}
+        return Built(stats={**counts, **stats}, produced_by=self.produced_by)
+
+
+def train(work: Work, spec: OptimizationSpec, kind: str, rows: Rows, start: Start) -> Outcome:
+    """Train ``kind`` to its last step, from the newest whole checkpoint where there is one; the model lands in staging."""
+    plan = make_plan(work, spec, kind, rows, start)
+    checkpoint = Path(plan.resume_from) if plan.resume_from else None
+    step = step_of(checkpoint) if checkpoint else 0
+    clear_torn(Path(plan.checkpoint_dir), checkpoint)
+    if checkpoint:
+        log.info("%s: resumed from %s, step %d of %d", kind, checkpoint, step, plan.num_steps)
+    plan_path = work.scratch / "plan.json"
+    plan.write(plan_path)
+    metrics = MetricsFile(work.scratch / "metrics.jsonl", step)
+    settings, num_ranks = work.machine.training, plan.batch["num_ranks"]
+    with work.machine.progress(kind, plan.num_steps, "steps") as advance:
+        heard = follow(metrics, kind, advance, work.machine.on_metrics)
+        run_worker(WORKER, plan_path, num_ranks=num_ranks, settings=settings, on_metrics=heard, label=kind)
+    return _outcome(plan, metrics, step)
+
+
+def make_plan(work: Work, spec: OptimizationSpec, kind: str, rows: Rows, start: Start) -> TrainingPlan:
+    """All that the ranks are told; everything that can be wrong without starting them is found here."""
+    settings = work.machine.training
+    num_train_rows = sum(count_rows(path) for path in rows.train_files)
+    if num_train_rows == 0:
+        raise RecipeError(f"{kind}: no row of {rows.block_size} ids to train on; give more text or lower block_size")
+    validation = [path for path in rows.validation_files if count_rows(path)]
+    if not validation and spec.evaluation_steps:
+        log.warning("%s: no validation row, so no validation loss; raise validation_fraction to have one", kind)
+    deepspeed = load_deepspeed_config(settings.deepspeed_config)
+    batch = derive_batch(spec.global_batch_size, settings, rows.block_size * start.vocab_size)
+    facts = {
+        "data": rows.content,
+        "spec": digest_json(spec.identity()),
+        "num_ranks": batch.num_ranks,
+        "zero_stage": zero_stage(deepspeed),
+    }
+    checkpoints = work.scratch / "checkpoints"
+    resume = newest_checkpoint(checkpoints, facts)
+    return TrainingPlan(
+        label=kind,
+        model={"config": start.config, "folder": str(start.folder) if start.folder else None, "attention": start.attention},
+        train_files=[str(path) for path in rows.train_files],
+        validation_files=[str(path) for path in validation],
+        block_size=rows.block_size,
+        vocab_size=rows.vocab_size,
+        num_steps=spec.steps(num_train_rows),
+        batch=asdict(batch),
+        optimization=spec.model_dump(mode="json", include=set(OptimizationSpec.model_fields)),
+        deepspeed=deepspeed,
+        output_dir=str(work.folder),
+        checkpoint_dir=str(checkpoints),
+        resume_from=str(resume) if resume else None,
+        facts=facts,
+        result_path=str(work.scratch / "result.json"),
+        lora=start.lora,
+        generation=start.generation,
+    )
+
+
+def count_rows(path: Path) -> int:
+    """The rows of an Arrow stream, from its batches' headers."""
+    with pa.memory_map(str(path)) as source:
+        return sum(batch.num_rows for batch in pa.ipc.open_stream(source))
+
+
+def _outcome(plan: TrainingPlan, metrics: MetricsFile, resumed_step: int) -> Outcome:
+    result = orjson.loads(Path(plan.result_path).read_bytes())
+    return Outcome(
+        num_parameters=result["num_parameters"],
+        num_trainable_parameters=result["num_trainable_parameters"],
+        num_steps=plan.num_steps,
+        train_loss=final_loss(metrics.rows, plan.num_steps),
+        validation_loss=result["validation_loss"],
+        produced_by={
+            "metrics": metrics.rows,
+            "tokens_per_second": tokens_per_second(metrics.rows),
+            "num_ranks": plan.batch["num_ranks"],
+            "micro_batch_size": plan.batch["micro_batch_size"],
+            "accumulation": plan.batch["accumulation"],
+            "zero_stage": plan.facts["zero_stage"],
+            "resumed_from": resumed_step or None,
+        },
+    )

@@ -1,0 +1,174 @@
+"""The training worker: one rank of one training run, as a plan says; started by tasks.training.launch.
+
+Reads   PLAN.json, the plan's Arrow files, a checkpoint
+Writes  checkpoints, config.json, generation_config.json, model.safetensors (or a PEFT folder), result.json
+"""
+
+import logging
+import os
+import warnings
+from pathlib import Path
+from typing import Any
+
+import orjson
+import torch
+import transformers
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedModel, TrainingArguments
+
+from tasks.errors import RecipeError
+from tasks.store import write_atomically
+from tasks.training.checkpoints import step_of
+from tasks.training.datasets import open_rows
+from tasks.training.deepspeed import zero_stage
+from tasks.training.model import check_fits
+from tasks.training.order import Share
+from tasks.training.rank import num_ranks, rank, run_rank
+from tasks.training.trainer import SteppedTrainer
+
+log = logging.getLogger(__name__)
+
+SCHEDULES = {"cosine": "cosine", "linear": "linear", "constant": "constant_with_warmup"}
+
+
+def train(plan: dict[str, Any]) -> None:
+    """Train as the plan says and write the model folder."""
+    quiet_libraries()
+    arguments = training_arguments(plan)  # first: it starts the ranks' group, and ZeRO-3 then builds models in pieces
+    model = prepared_model(plan)
+    share = Share(rank(), num_ranks(), plan["batch"]["micro_batch_size"], plan["batch"]["accumulation"])
+    num_rows = len(open_rows(plan["train_files"]))
+    trainer = SteppedTrainer(plan, share, num_rows, model=model, args=arguments)
+    if resume := plan["resume_from"]:
+        trainer.start_at(step_of(Path(resume)))
+    trainer.train(resume_from_checkpoint=resume)
+    if plan["validation_files"] and trainer.validated_step != plan["num_steps"]:
+        trainer.evaluate()
+    save(trainer, plan)
+
+
+def quiet_libraries() -> None:
+    """Leave the log to what a user can act on; build no operator that training on CPU does not need."""
+    transformers.logging.set_verbosity_warning()
+    transformers.utils.logging.disable_progress_bar()
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    warnings.filterwarnings("ignore", category=FutureWarning)  # torch to DeepSpeed; nothing a user can do
+    if not torch.cuda.is_available():
+        os.environ["DS_ACCELERATOR"] = "cpu"  # else DeepSpeed warns that it found no GPU
+        import deepspeed
+
+        # 86 s to compile at the first start, for reductions in inference.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+
+
+def training_arguments(plan: dict[str, Any]) -> TrainingArguments:
+    """The plan in Trainer's words."""
+    optimization, batch = plan["optimization"], plan["batch"]
+    on_cpu = not torch.cuda.is_available()
+    config = {**plan["deepspeed"], "steps_per_print": 1 << 60}
+    if on_cpu:
+        config["zero_force_ds_cpu_optimizer"] = False  # it takes 135 s to compile, and torch's own runs on CPU too
+    return TrainingArguments(
+        output_dir=plan["checkpoint_dir"],
+        per_device_train_batch_size=batch["micro_batch_size"],
+        gradient_accumulation_steps=batch["accumulation"],
+        max_steps=plan["num_steps"],
+        learning_rate=optimization["learning_rate"],
+        lr_scheduler_type=SCHEDULES[optimization["schedule"]],
+        warmup_steps=optimization["warmup_steps"],
+        weight_decay=optimization["weight_decay"],
+        adam_beta1=optimization["adam_beta1"],
+        adam_beta2=optimization["adam_beta2"],
+        adam_epsilon=optimization["adam_epsilon"],
+        max_grad_norm=optimization["max_grad_norm"],
+        activation_checkpointing=optimization["gradient_checkpointing"],
+        bf16=optimization["precision"] == "bf16",
+        seed=optimization["seed"],
+        logging_steps=optimization["logging_steps"],
+        logging_first_step=True,
+        logging_nan_inf_filter=False,
+        eval_on_start=bool(optimization["evaluation_steps"] and plan["validation_files"] and not plan["resume_from"]),
+        save_strategy="no",  # see tasks.training.trainer.Steps
+        ignore_data_skip=True,  # the loader begins at the right step
+        use_cpu=on_cpu,
+        ddp_backend="gloo" if on_cpu else None,
+        deepspeed=config,
+        report_to="none",
+        disable_tqdm=True,
+    )
+
+
+def prepared_model(plan: dict[str, Any]) -> Any:
+    """The model that the plan starts from, with LoRA layers where it says so; the same on every rank."""
+    seed = plan["optimization"]["seed"]
+    torch.manual_seed(seed)
+    model = new_model(plan["model"]) if plan["model"]["config"] else loaded_model(plan)
+    check_fits(model.config.to_dict(), plan["block_size"], plan["vocab_size"], plan["label"])
+    model.generation_config = GenerationConfig(**plan["generation"])
+    if plan["lora"]:
+        from tasks.training.lora import add_lora
+
+        return add_lora(model, plan["lora"], plan["label"])
+    return model
+
+
+def new_model(model: dict[str, Any]) -> PreTrainedModel:
+    """A model with random weights, in fp32."""
+    fields = dict(model["config"])
+    try:
+        config = AutoConfig.for_model(fields.pop("model_type"), **fields)
+        return AutoModelForCausalLM.from_config(config, attn_implementation=model["attention"], dtype=torch.float32)
+    except (ValueError, TypeError, KeyError) as error:
+        raise RecipeError(f"pretrained.model.config: {' '.join(str(error).split())}") from error
+
+
+def loaded_model(plan: dict[str, Any]) -> PreTrainedModel:
+    """A model with the weights of a folder."""
+    precision = plan["optimization"]["precision"]
+    return AutoModelForCausalLM.from_pretrained(
+        plan["model"]["folder"],
+        attn_implementation=plan["model"]["attention"],
+        dtype=torch.bfloat16 if precision == "bf16" else torch.float32,
+        use_safetensors=True,
+        local_files_only=True,
+        trust_remote_code=False,
+    )
+
+
+def save(trainer: SteppedTrainer, plan: dict[str, Any]) -> None:
+    """Write the model folder and the result; every rank takes part, since ZeRO-3 gathers the weights."""
+    if trainer.frozen:
+        trainer.frozen.check()
+    weights = gathered_weights(trainer)
+    if not trainer.is_world_process_zero():
+        return
+    empty = [name for name, tensor in weights.items() if tensor.numel() == 0]
+    assert not empty, f"not gathered: {empty}"
+    model = trainer.accelerator.unwrap_model(trainer.model_wrapped)
+    model.config.use_cache = True
+    if plan["lora"]:
+        from tasks.training.lora import save_adapter
+
+        save_adapter(model, weights, Path(plan["output_dir"]), plan["lora"]["base_ref"])
+    else:
+        model.save_pretrained(plan["output_dir"], state_dict=weights)
+    counts = [(getattr(p, "ds_numel", p.numel()), p.requires_grad) for p in model.parameters()]
+    result = {
+        "num_parameters": sum(count for count, _ in counts),
+        "num_trainable_parameters": sum(count for count, trained in counts if trained),
+        "validation_loss": trainer.validation_loss,
+    }
+    write_atomically(Path(plan["result_path"]), orjson.dumps(result))
+
+
+def gathered_weights(trainer: SteppedTrainer) -> dict[str, torch.Tensor]:
+    """The weights whole, on rank 0; of an adapter under ZeRO-3 only those that were trained."""
+    engine = trainer.model_wrapped
+    if trainer.frozen and zero_stage(trainer.plan["deepspeed"]) == 3:
+        return engine._zero3_consolidated_16bit_state_dict(exclude_frozen_parameters=True) or {}
+    return trainer.accelerator.get_state_dict(engine) or {}
+
+
+if __name__ == "__main__":
+    run_rank(train)
+    # DeepSpeed and gloo threads may hold the interpreter's exit for seconds.
+    os._exit(0)
