@@ -1,0 +1,236 @@
+"""Everything the report says, gathered from the artifacts: what both its page and its short version are rendered from.
+
+Reads   every artifact's manifest
+        evaluation.json
+        config.json of pretrained
+"""
+
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import orjson
+
+from tasks.report import tables
+from tasks.report.curves import Training, bits_per_loss, training_of
+from tasks.report.numbers import count, percent, share, whole
+from tasks.report.plots import Plot, accuracy_plot, lengths_plot, shards_plot
+from tasks.report.tables import Artifacts, Table
+
+MODELS = ("pretrained", "finetuned", "adapter")
+LISTED_WRONG = 6
+PROMPT_CHARACTERS = 240
+USER_TURN = re.compile(r"<\|im_start\|>user\n(.*?)<\|im_end\|>", re.DOTALL)
+MARKER = re.compile(r"<\|[^|<>]*\|>")
+
+
+@dataclass(frozen=True)
+class Figure:
+    """One of the headline's figures; ``before`` is what it was when training began."""
+
+    label: str
+    value: str
+    note: str = ""
+    before: str = ""
+
+
+@dataclass(frozen=True)
+class Sample:
+    """What every model says behind one prompt."""
+
+    prompt: str
+    is_chat: bool
+    texts: tuple[tuple[str, str], ...]  # model, text
+
+
+@dataclass(frozen=True)
+class Wrong:
+    """A wrong answer to a held-out conversation."""
+
+    model: str
+    prompt: str
+    response: str
+    answer: str
+
+
+@dataclass(frozen=True)
+class Page:
+    """A section whose input is missing is empty, and is left out."""
+
+    title: str
+    summary: str
+    figures: tuple[Figure, ...]
+    stages: Table
+    corpus: dict[str, Table]
+    corpus_plots: tuple[Plot, ...]
+    trainings: tuple[Training, ...]
+    conversations: Table | None
+    accuracy: Table | None
+    accuracy_plot: Plot | None
+    confusions: dict[str, Table]
+    samples: tuple[Sample, ...]
+    wrong: tuple[Wrong, ...]
+    packages: Table
+    hosts: str
+
+    def plots(self) -> Iterator[Plot]:
+        """Every plot, in the page's order."""
+        yield from self.corpus_plots
+        for training in self.trainings:
+            yield from training.plots
+        if self.accuracy_plot:
+            yield self.accuracy_plot
+
+
+def page_of(artifacts: Artifacts, title: str | None) -> Page:
+    """Gather the page. artifacts: by node name, in data order."""
+    evaluations = read_evaluations(artifacts)
+    blocks = artifacts.get("blocks")
+    bits = bits_per_loss(blocks)
+    # The loss of finetuning is measured on conversations, whose bytes nobody counted.
+    trainings = tuple(
+        training_of(name, artifacts[name], bits if name == "pretrained" else None) for name in MODELS if name in artifacts
+    )
+    held_out = {name: told["held_out"] for name, told in evaluations.items() if told["held_out"]}
+    hosts = sorted({artifact.manifest.produced_by.get("host", "") for artifact in artifacts.values()} - {""})
+    return Page(
+        title=title or "Training report",
+        summary=summary(artifacts),
+        figures=tuple(figures(artifacts, trainings, evaluations, bits)),
+        stages=tables.stages_table(artifacts),
+        corpus=dict(corpus_tables(artifacts)),
+        corpus_plots=tuple(corpus_plots(artifacts)),
+        trainings=trainings,
+        conversations=conversations_table(artifacts),
+        accuracy=tables.accuracy_table(evaluations) if evaluations else None,
+        accuracy_plot=plot_of_accuracy(held_out),
+        confusions={name: table for name, told in held_out.items() if (table := tables.confusion_table(told))},
+        samples=tuple(samples(evaluations)),
+        wrong=tuple(wrong_answers(held_out)),
+        packages=tables.packages_table(artifacts.values()),
+        hosts=", ".join(hosts),
+    )
+
+
+def read_evaluations(artifacts: Artifacts) -> dict[str, dict[str, Any]]:
+    """evaluation.json of every model that was evaluated, by the model's name."""
+    named = {name: artifacts.get(f"evaluation_{name}") for name in MODELS}
+    return {name: orjson.loads(found.file("evaluation.json").read_bytes()) for name, found in named.items() if found}
+
+
+def summary(artifacts: Artifacts) -> str:
+    """What was trained on what, in one line."""
+    parts = []
+    if pretrained := artifacts.get("pretrained"):
+        parts.append(f"{architecture(pretrained)} with {count(pretrained.stats['num_parameters'])} parameters")
+    if documents := artifacts.get("documents"):
+        parts.append(f"{whole(documents.stats['num_documents'])} documents")
+    if tokens := artifacts.get("tokens"):
+        parts.append(f"{count(sum(tokens.stats[split]['num_tokens'] for split in ('train', 'validation')))} tokens")
+    return ", ".join(parts)
+
+
+def architecture(model: Any) -> str:
+    """The model's type, layers and width, from its config.json."""
+    if not model.has_file("config.json"):
+        return "a model"
+    config = orjson.loads(model.file("config.json").read_bytes())
+    layers, width = config.get("num_hidden_layers"), config.get("hidden_size")
+    shape = f" of {layers} layers, width {width}," if layers and width else ""
+    return f"{config.get('model_type', 'model')}{shape}"
+
+
+def figures(
+    artifacts: Artifacts, trainings: tuple[Training, ...], evaluations: Mapping[str, dict[str, Any]], bits: float | None
+) -> Iterator[Figure]:
+    """The headline: how much was trained, how the validation loss fell, what the models score."""
+    if "pretrained" in artifacts:
+        yield trained_figure(artifacts)
+        validation = trainings[0].validation
+        if len(validation) > 1:
+            first, last = validation[0], validation[-1]
+            note = f"step {first[0]:,} to {last[0]:,}"
+            yield Figure("Validation loss", f"{last[1]:.3f}", note, f"{first[1]:.3f}")
+            if bits:
+                yield Figure("Bits per byte", f"{last[1] * bits:.3f}", "validation split", f"{first[1] * bits:.3f}")
+    for name in ("finetuned", "adapter"):
+        if held_out := evaluations.get(name, {}).get("held_out"):
+            note = f"baseline {percent(held_out['majority_share'])}"
+            yield Figure(f"Accuracy, {name}", percent(held_out["accuracy"]), note)
+
+
+def trained_figure(artifacts: Artifacts) -> Figure:
+    """Tokens that pretraining has seen, where the manifests tell; else its steps."""
+    pretrained, blocks = artifacts["pretrained"], artifacts.get("blocks")
+    num_steps, rows = pretrained.stats.get("num_steps", 0), pretrained.spec.get("global_batch_size")
+    steps = f"{whole(num_steps)} steps"
+    if blocks and rows and num_steps:
+        return Figure("Pretrained on", f"{count(num_steps * rows * blocks.stats['block_size'])} tokens", steps)
+    return Figure("Pretrained for", steps)
+
+
+def corpus_tables(artifacts: Artifacts) -> Iterator[tuple[str, Table]]:
+    if documents := artifacts.get("documents"):
+        yield "splits", tables.splits_table(artifacts)
+        yield "lines", tables.lines_table(documents)
+        if found := tables.quarantine_tables(documents):
+            yield from zip(("reasons", "quarantined"), found, strict=True)
+    if blocks := artifacts.get("blocks"):
+        yield "packing", tables.packing_table(blocks)
+    if documents:
+        yield "shards", tables.shards_table(artifacts)
+
+
+def corpus_plots(artifacts: Artifacts) -> Iterator[Plot]:
+    if not (documents := artifacts.get("documents")):
+        return
+    if histogram := documents.stats.get("length_histogram"):
+        yield lengths_plot(histogram)
+    sizes = {split: [entry.stats["num_bytes"] for entry in documents.shards(split)] for split in ("train", "validation")}
+    if any(sizes.values()):
+        yield shards_plot(sizes["train"], sizes["validation"])
+
+
+def conversations_table(artifacts: Artifacts) -> Table | None:
+    """Where every conversation went, and the share of tokens that carry loss."""
+    if not (examples := artifacts.get("examples")):
+        return None
+    table = tables.counts_table(examples.stats, "Conversations")
+    supervised = share(examples.stats.get("num_supervised_tokens", 0), examples.stats.get("num_tokens", 0))
+    note = f"{supervised} of the tokens carry loss: the assistant's words and their end."
+    return Table(table.columns, table.rows, note=note)
+
+
+def plot_of_accuracy(held_out: Mapping[str, dict[str, Any]]) -> Plot | None:
+    """None where nothing was held out."""
+    if not held_out:
+        return None
+    majority = next(iter(held_out.values()))["majority_share"]
+    return accuracy_plot({name: (told["accuracy"], tuple(told["interval"])) for name, told in held_out.items()}, majority)
+
+
+def samples(evaluations: Mapping[str, dict[str, Any]]) -> Iterator[Sample]:
+    """Every prompt with what each model says behind it, in the order of the first model that was asked it."""
+    asked: dict[tuple[bool, str], list[tuple[str, str]]] = {}
+    for name, evaluation in evaluations.items():
+        for sample in evaluation["samples"]:
+            asked.setdefault((sample["is_chat"], sample["prompt"]), []).append((name, sample["text"]))
+    for (is_chat, prompt), texts in sorted(asked.items(), key=lambda item: item[0][0]):
+        yield Sample(prompt, is_chat, tuple(texts))
+
+
+def wrong_answers(held_out: Mapping[str, dict[str, Any]]) -> Iterator[Wrong]:
+    """The first wrong answers of every model that was taught to answer."""
+    for name, told in held_out.items():
+        listed = [answer for answer in told["answers"] if not answer["is_right"]] if name != "pretrained" else []
+        for answer in listed[:LISTED_WRONG]:
+            given = "(no room)" if answer["answer"] is None else answer["answer"] or "(nothing)"
+            yield Wrong(name, readable(answer["prompt"]), answer["response"], given)
+
+
+def readable(prompt: str) -> str:
+    """The user's last words of a prompt, without the template's markers, cut to what a table holds."""
+    turns = USER_TURN.findall(prompt)
+    text = (turns[-1] if turns else MARKER.sub(" ", prompt)).strip()
+    return text if len(text) <= PROMPT_CHARACTERS else f"{text[:PROMPT_CHARACTERS]}…"

@@ -1,0 +1,107 @@
+"""Every artifact of a recipe to a report: one page for a person, and the same in short for the Prefect UI.
+
+Reads   the manifest of every artifact that the recipe has, and evaluation.json
+Writes  report.html   one self-contained page: no request, plots inside, light and dark
+        report.md     its short version
+        tables.json   {name: [{column: cell}...]}
+        *.png         the plots
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import orjson
+from pydantic import Field
+
+from tasks.report.page import Page, page_of
+from tasks.report.tables import Table
+from tasks.store import Artifact, Built, Spec, Work, stage
+
+TEMPLATES = Path(__file__).parent
+
+
+class ReportSpec(Spec):
+    """What the report is called."""
+
+    title: str | None = Field(None, description="headline of the page; absent: a plain one")
+
+
+@stage("report", revision=1)
+def build_report(
+    work: Work,
+    spec: ReportSpec,
+    *,
+    archive: Artifact | None = None,
+    documents: Artifact | None = None,
+    tokenizer: Artifact | None = None,
+    tokens: Artifact | None = None,
+    blocks: Artifact | None = None,
+    pretrained: Artifact | None = None,
+    conversations: Artifact | None = None,
+    held_out: Artifact | None = None,
+    examples: Artifact | None = None,
+    finetuned: Artifact | None = None,
+    adapter: Artifact | None = None,
+    evaluation_pretrained: Artifact | None = None,
+    evaluation_finetuned: Artifact | None = None,
+    evaluation_adapter: Artifact | None = None,
+) -> Built:
+    """Write the report on the artifacts that there are; a section without its artifacts is left out."""
+    given = {
+        "archive": archive,
+        "documents": documents,
+        "tokenizer": tokenizer,
+        "tokens": tokens,
+        "blocks": blocks,
+        "pretrained": pretrained,
+        "conversations": conversations,
+        "held_out": held_out,
+        "examples": examples,
+        "finetuned": finetuned,
+        "adapter": adapter,
+        "evaluation_pretrained": evaluation_pretrained,
+        "evaluation_finetuned": evaluation_finetuned,
+        "evaluation_adapter": evaluation_adapter,
+    }
+    page = page_of({name: artifact for name, artifact in given.items() if artifact}, spec.title)
+    for plot in page.plots():
+        (work.folder / f"{plot.name}.png").write_bytes(plot.png)
+    (work.folder / "report.html").write_text(render(page, "page.html.jinja"), encoding="utf-8")
+    (work.folder / "report.md").write_text(render(page, "brief.md.jinja"), encoding="utf-8")
+    (work.folder / "tables.json").write_bytes(orjson.dumps(records(page), option=orjson.OPT_INDENT_2))
+    return Built(stats={"title": page.title, "num_plots": len(list(page.plots()))})
+
+
+def render(page: Page, template: str) -> str:
+    """The page through one of the templates beside this module."""
+    from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+    environment = Environment(
+        loader=FileSystemLoader(TEMPLATES),
+        autoescape=template.endswith(".html.jinja"),
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
+    environment.filters["cell"] = markdown_cell
+    return environment.get_template(template).render(page=page)
+
+
+def markdown_cell(text: str) -> str:
+    """Text that stays in its cell of a Markdown table, and is no markup."""
+    escaped = text.replace("&", "&amp;").replace("<", "&lt;").replace("|", "&#124;").replace("*", "&#42;").replace("`", "&#96;")
+    return " ".join(escaped.split())
+
+
+def records(page: Page) -> dict[str, list[dict[str, str]]]:
+    """The tables that a page has, by name, as Prefect takes a table."""
+    named: Mapping[str, Table | None] = {"stages": page.stages, **page.corpus, "accuracy": page.accuracy}
+    return {name: table.records() for name, table in named.items() if table}
+
+
+def prefect_tables(report: Artifact) -> dict[str, list[dict[str, Any]]]:
+    """The tables of a finished report, by name (lower case, as Prefect's artifact keys are)."""
+    tables: dict[str, list[dict[str, Any]]] = orjson.loads(report.file("tables.json").read_bytes())
+    return tables
