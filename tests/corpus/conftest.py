@@ -9,7 +9,7 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from tasks.corpus.documents import DocumentsSpec, build_documents
-from tasks.corpus.tokenizer import TokenizerSpec, build_tokenizer
+from tasks.corpus.tokenizer import TokenizerSpec, TokenizerTrainingSpec, build_tokenizer
 from tasks.machine import Machine
 from tasks.store import Artifact, ArtifactStore, Built, Spec, Work, digest_bytes, stage
 
@@ -67,6 +67,24 @@ def bytes_tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
     tokenizer.add_special_tokens(list(SPECIAL_TOKENS))
     tokenizer.save(str(folder / "tokenizer.json"))
     return folder
+
+
+# Written for these tests: enough repetition that merges are learned in Chinese, English and code.
+PRACTICE = [
+    f"第{i}课：今天天气很好，我们去公园散步吧。小猫在树下睡觉，小狗在草地上跑来跑去。\n"
+    f"Lesson {i}: the weather is fine today, so we'll walk in the park.\n\n    def lesson_{i}(x):\n        return x + {i}\n"
+    for i in range(40)
+]
+
+
+@pytest.fixture(scope="session")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Artifact:
+    """A tokenizer of 500 tokens trained on PRACTICE."""
+    store = ArtifactStore(tmp_path_factory.mktemp("trained"))
+    archive = store_archive(store, json_lines(PRACTICE))
+    documents = build_documents(store, Machine(), DocumentsSpec(validation_fraction=0.0), archive=archive)
+    spec = TokenizerSpec(train=TokenizerTrainingSpec(vocab_size=500))
+    return build_tokenizer(store, Machine(), spec, documents=documents)
 
 
 @pytest.fixture
