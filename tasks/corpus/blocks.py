@@ -111,7 +111,8 @@ def write_blocks(path: Path, blocks: Ids) -> None:
     block_size = blocks.shape[1]
     schema, rows = blocks_schema(block_size), max(1, BATCH_IDS // block_size)
     with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_stream(sink, schema) as writer:
-        for start in range(0, len(blocks), rows):
+        # One empty batch where there is no block: datasets opens no stream without a batch.
+        for start in range(0, max(len(blocks), 1), rows):
             values = pa.array(blocks[start : start + rows].reshape(-1))
             column = pa.FixedSizeListArray.from_arrays(values, type=schema.field(0).type)
             writer.write_batch(pa.record_batch([column], schema=schema))

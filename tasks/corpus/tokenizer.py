@@ -7,6 +7,8 @@ Writes  tokenizer        tokenizer.json         and, where it has them, the othe
 
 import re
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -152,25 +154,24 @@ def _fetch(work: Work, spec: TokenizerSpec) -> None:
         shutil.copyfile(fetched, work.folder / name)
 
 
-class _hub_errors:  # noqa: N801 - read as a statement
+@contextmanager
+def _hub_errors(spec: TokenizerSpec, endpoint: str) -> Iterator[None]:
     """Turns what the hub's client raises into a SourceError."""
+    from huggingface_hub import errors
 
-    def __init__(self, spec: TokenizerSpec, endpoint: str) -> None:
-        self.where = f"{endpoint}/{spec.source}" + (f" at {spec.revision}" if spec.revision else "")
+    where = f"{endpoint}/{spec.source}" + (f" at {spec.revision}" if spec.revision else "")
+    try:
+        yield
+    except (errors.RepositoryNotFoundError, errors.RevisionNotFoundError, errors.EntryNotFoundError) as error:
+        raise SourceError(
+            f"{where}: the hub has no such model, revision or file; check tokenizer.source and tokenizer.revision"
+        ) from error
+    except Exception as error:  # its HTTP library, and so what that raises, differs between releases
+        raise SourceError(
+            f"{where}: cannot be fetched ({type(error).__name__}: {_first_line(error)}); try again, set the hub's endpoint, "
+            "or name a folder that holds the tokenizer"
+        ) from error
 
-    def __enter__(self) -> None:
-        return None
 
-    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
-        import httpx
-        from huggingface_hub import errors
-
-        if isinstance(error, errors.RepositoryNotFoundError | errors.RevisionNotFoundError | errors.EntryNotFoundError):
-            raise SourceError(
-                f"{self.where}: the hub has no such model, revision or file; check tokenizer.source and tokenizer.revision"
-            ) from error
-        if isinstance(error, httpx.HTTPError | errors.HfHubHTTPError | errors.LocalEntryNotFoundError | OSError):
-            raise SourceError(
-                f"{self.where}: cannot be reached ({type(error).__name__}); try again, set the hub's endpoint, "
-                "or name a folder that holds the tokenizer"
-            ) from error
+def _first_line(error: Exception) -> str:
+    return str(error).strip().partition("\n")[0]

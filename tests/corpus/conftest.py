@@ -79,11 +79,11 @@ PRACTICE = [
 
 @pytest.fixture(scope="session")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Artifact:
-    """A tokenizer of 500 tokens trained on PRACTICE."""
+    """A tokenizer of 380 tokens trained on PRACTICE."""
     store = ArtifactStore(tmp_path_factory.mktemp("trained"))
     archive = store_archive(store, json_lines(PRACTICE))
     documents = build_documents(store, Machine(), DocumentsSpec(validation_fraction=0.0), archive=archive)
-    spec = TokenizerSpec(train=TokenizerTrainingSpec(vocab_size=500))
+    spec = TokenizerSpec(train=TokenizerTrainingSpec(vocab_size=380))
     return build_tokenizer(store, Machine(), spec, documents=documents)
 
 
