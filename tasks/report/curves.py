@@ -60,15 +60,20 @@ def facts(artifact: Artifact) -> list[tuple[str, str]]:
     if "num_steps" in stats:
         told.append(("Steps", whole(stats["num_steps"])))
     if rows := artifact.spec.get("global_batch_size"):
-        told.append(("Rows a step", whole(rows)))
+        told.append(("Rows a step", f"{whole(rows)}{_shared_out(produced_by)}"))
     if rate := produced_by.get("tokens_per_second"):
         told.append(("Tokens per second", count(rate)))
-    for name, label in (("num_ranks", "Ranks"), ("deepspeed", "DeepSpeed"), ("resumed_from", "Resumed from")):
+    for name, label in (("num_ranks", "Ranks"), ("zero_stage", "ZeRO stage"), ("resumed_from", "Resumed from step")):
         if produced_by.get(name) is not None:
             told.append((label, str(produced_by[name])))
     if "seconds" in produced_by:
         told.append(("Built in", duration(produced_by["seconds"])))
     return told
+
+
+def _shared_out(produced_by: Mapping[str, Any]) -> str:
+    parts = [produced_by.get(name) for name in ("num_ranks", "accumulation", "micro_batch_size")]
+    return f" = {' × '.join(map(str, parts))}" if all(parts) else ""
 
 
 def bits_per_loss(blocks: Artifact | None) -> float | None:

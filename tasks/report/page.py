@@ -14,7 +14,7 @@ import orjson
 
 from tasks.report import tables
 from tasks.report.curves import Training, bits_per_loss, training_of
-from tasks.report.numbers import count, percent, share, whole
+from tasks.report.numbers import count, percent, whole
 from tasks.report.plots import Plot, accuracy_plot, lengths_plot, shards_plot
 from tasks.report.tables import Artifacts, Table
 
@@ -45,16 +45,6 @@ class Sample:
 
 
 @dataclass(frozen=True)
-class Wrong:
-    """A wrong answer to a held-out conversation."""
-
-    model: str
-    prompt: str
-    response: str
-    answer: str
-
-
-@dataclass(frozen=True)
 class Page:
     """A section whose input is missing is empty, and is left out."""
 
@@ -70,7 +60,7 @@ class Page:
     accuracy_plot: Plot | None
     confusions: dict[str, Table]
     samples: tuple[Sample, ...]
-    wrong: tuple[Wrong, ...]
+    wrong: dict[str, Table]
     packages: Table
     hosts: str
 
@@ -102,12 +92,12 @@ def page_of(artifacts: Artifacts, title: str | None) -> Page:
         corpus=dict(corpus_tables(artifacts)),
         corpus_plots=tuple(corpus_plots(artifacts)),
         trainings=trainings,
-        conversations=conversations_table(artifacts),
+        conversations=tables.conversations_table(artifacts["examples"]) if "examples" in artifacts else None,
         accuracy=tables.accuracy_table(evaluations) if evaluations else None,
         accuracy_plot=plot_of_accuracy(held_out),
         confusions={name: table for name, told in held_out.items() if (table := tables.confusion_table(told))},
         samples=tuple(samples(evaluations)),
-        wrong=tuple(wrong_answers(held_out)),
+        wrong=dict(wrong_answers(held_out)),
         packages=tables.packages_table(artifacts.values()),
         hosts=", ".join(hosts),
     )
@@ -166,8 +156,8 @@ def trained_figure(artifacts: Artifacts) -> Figure:
     num_steps, rows = pretrained.stats.get("num_steps", 0), pretrained.spec.get("global_batch_size")
     steps = f"{whole(num_steps)} steps"
     if blocks and rows and num_steps:
-        return Figure("Pretrained on", f"{count(num_steps * rows * blocks.stats['block_size'])} tokens", steps)
-    return Figure("Pretrained for", steps)
+        return Figure("Tokens of pretraining", count(num_steps * rows * blocks.stats["block_size"]), steps)
+    return Figure("Pretraining", steps)
 
 
 def corpus_tables(artifacts: Artifacts) -> Iterator[tuple[str, Table]]:
@@ -192,16 +182,6 @@ def corpus_plots(artifacts: Artifacts) -> Iterator[Plot]:
         yield shards_plot(sizes["train"], sizes["validation"])
 
 
-def conversations_table(artifacts: Artifacts) -> Table | None:
-    """Where every conversation went, and the share of tokens that carry loss."""
-    if not (examples := artifacts.get("examples")):
-        return None
-    table = tables.counts_table(examples.stats, "Conversations")
-    supervised = share(examples.stats.get("num_supervised_tokens", 0), examples.stats.get("num_tokens", 0))
-    note = f"{supervised} of the tokens carry loss: the assistant's words and their end."
-    return Table(table.columns, table.rows, note=note)
-
-
 def plot_of_accuracy(held_out: Mapping[str, dict[str, Any]]) -> Plot | None:
     """None where nothing was held out."""
     if not held_out:
@@ -220,13 +200,17 @@ def samples(evaluations: Mapping[str, dict[str, Any]]) -> Iterator[Sample]:
         yield Sample(prompt, is_chat, tuple(texts))
 
 
-def wrong_answers(held_out: Mapping[str, dict[str, Any]]) -> Iterator[Wrong]:
+def wrong_answers(held_out: Mapping[str, dict[str, Any]]) -> Iterator[tuple[str, Table]]:
     """The first wrong answers of every model that was taught to answer."""
     for name, told in held_out.items():
         listed = [answer for answer in told["answers"] if not answer["is_right"]] if name != "pretrained" else []
-        for answer in listed[:LISTED_WRONG]:
-            given = "(no room)" if answer["answer"] is None else answer["answer"] or "(nothing)"
-            yield Wrong(name, readable(answer["prompt"]), answer["response"], given)
+        rows = tuple((readable(answer["prompt"]), answer["response"], _given(answer["answer"])) for answer in listed)
+        if rows:
+            yield name, Table(("Conversation", "Expected", "Answered"), rows[:LISTED_WRONG], num_text=3)
+
+
+def _given(answer: str | None) -> str:
+    return "(no room)" if answer is None else answer or "(nothing)"
 
 
 def readable(prompt: str) -> str:

@@ -16,6 +16,7 @@ VARIABLES = {INK: "var(--ink)", MUTED: "var(--muted)", GRID: "var(--grid)", FIRS
 SVG_FONT = re.compile(r"'DejaVu Sans'(, [^;\"]*)?")
 
 INCHES = (5.6, 3.1)
+THOUSANDS = 1000  # from here on a number is read by its commas
 PNG_DOTS_PER_INCH = 150
 
 Point = tuple[float, float]
@@ -60,6 +61,8 @@ def curve_plot(name: str, title: str, label: str, points: Sequence[Point], *, fr
         axes.set(xlabel="step", ylabel=label)
         if from_zero:
             axes.set_ylim(bottom=0)
+        if max(value for _, value in points) >= THOUSANDS:
+            axes.yaxis.set_major_formatter("{x:,.0f}")
 
     return _plot(name, title, f"{title}: {_ends(label, points)}", draw)
 
@@ -73,6 +76,7 @@ def lengths_plot(histogram: Mapping[str, int]) -> Plot:
         step = -(-len(bars) // 8)  # more than 8 labels touch each other
         axes.set_xticks(range(0, len(bars), step), [f"{bound:,}" for bound, _ in bars[::step]])
         axes.set(xlabel="characters, from", ylabel="documents")
+        axes.yaxis.set_major_formatter("{x:,.0f}")
 
     return _plot("lengths", "Document length", f"documents by length in {len(bars)} bars, each twice as long as the last", draw)
 
@@ -83,9 +87,11 @@ def shards_plot(train: Sequence[int], validation: Sequence[int]) -> Plot:
     def draw(axes: Any) -> None:
         top = max([*train, *validation])
         scale, unit = next((s, u) for s, u in ((10**9, "GB"), (10**6, "MB"), (10**3, "kB"), (1, "B")) if top >= s)
-        axes.bar(range(len(train)), [size / scale for size in train], color=FIRST, width=0.86, label="train")
-        places = range(len(train), len(train) + len(validation))
-        axes.bar(places, [size / scale for size in validation], color=SECOND, width=0.86, label="validation")
+        # One outline, not one bar each: a corpus may have ten thousand shards.
+        for sizes, start, color, label in ((train, 0, FIRST, "train"), (validation, len(train), SECOND, "validation")):
+            if sizes:
+                edges = range(start, start + len(sizes) + 1)
+                axes.stairs([size / scale for size in sizes], edges, fill=True, color=color, label=label)
         axes.set(xlabel="shard", ylabel=f"text ({unit})")
         axes.xaxis.get_major_locator().set_params(integer=True)
         _legend(axes)
@@ -112,10 +118,11 @@ def accuracy_plot(accuracies: Mapping[str, tuple[float, tuple[float, float]]], m
         _legend(axes)
 
     told = ", ".join(f"{name} {share:.1%}" for name, (share, _) in accuracies.items())
-    return _plot("accuracy", "Held-out accuracy", f"{told}; majority baseline {majority_share:.1%}", draw)
+    alt = f"{told}; majority baseline {majority_share:.1%}"
+    return _plot("accuracy", "Held-out accuracy", alt, draw, height=1.1 + 0.4 * len(names))
 
 
-def _plot(name: str, title: str, alt: str, draw: Draw) -> Plot:
+def _plot(name: str, title: str, alt: str, draw: Draw, height: float = INCHES[1]) -> Plot:
     import matplotlib as mpl
     from matplotlib.figure import Figure
 
@@ -127,7 +134,7 @@ def _plot(name: str, title: str, alt: str, draw: Draw) -> Plot:
         "svg.id": name,
     }
     with mpl.rc_context(style):
-        figure = Figure(figsize=INCHES, layout="constrained")
+        figure = Figure(figsize=(INCHES[0], height), layout="constrained")
         axes = figure.add_subplot()
         _dress(axes)
         draw(axes)

@@ -21,6 +21,23 @@ LISTED_SHARDS = 20
 LISTED_QUARANTINED = 5
 KEY_CHARACTERS = 12  # of a digest: what `seqmill ls` shows, and takes
 
+# The stats that add up to the lines, or conversations, read.
+LINES = {
+    "num_documents": "documents",
+    "num_duplicates": "duplicates of a document before",
+    "num_filtered": "outside the length limits",
+    "num_blank": "blank",
+    "num_quarantined": "quarantined",
+}
+CONVERSATIONS = {
+    "num_examples": "examples",
+    "num_duplicates": "duplicates of a conversation before",
+    "num_in_held_out": "held out",
+    "num_too_long": "too long for a row",
+    "num_nothing_to_learn": "nothing to learn in them",
+    "num_quarantined": "quarantined",
+}
+
 
 @dataclass(frozen=True)
 class Table:
@@ -60,28 +77,35 @@ def _node(artifacts: Artifacts, given: str, content: str) -> str:
 
 def lines_table(documents: Artifact) -> Table:
     """Where every line of the archive went."""
-    stats = documents.stats
-    names = {
-        "documents": "documents",
-        "duplicates": "duplicates of a document before",
-        "filtered": "outside the length limits",
-        "blank": "blank",
-        "quarantined": "quarantined",
-    }
-    rows = [
-        (label, whole(stats[f"num_{name}"]), share(stats[f"num_{name}"], stats["num_lines"]))
-        for name, label in names.items()
-        if stats.get(f"num_{name}")
-    ]
-    rows.append(("lines read", whole(stats["num_lines"]), share(stats["num_lines"], stats["num_lines"])))
-    return Table(("Lines", "Count", "Share"), tuple(rows))
+    return ledger_table("Lines", documents.stats, LINES, read="lines read", total=documents.stats["num_lines"])
 
 
-def quarantine_tables(documents: Artifact) -> tuple[Table, Table] | None:
+def conversations_table(examples: Artifact) -> Table:
+    """Where every conversation went, and the share of tokens that carry loss."""
+    stats = examples.stats
+    supervised = share(stats["num_supervised_tokens"], stats["num_tokens"])
+    note = (
+        f"{whole(stats['num_tokens'])} tokens in {whole(stats['num_rows'])} rows; {supervised} of the tokens carry loss: "
+        "the assistant's words and their end."
+    )
+    total = stats["num_conversations"]
+    return ledger_table("Conversations", stats, CONVERSATIONS, read="conversations read", total=total, note=note)
+
+
+def ledger_table(
+    heading: str, stats: Mapping[str, Any], names: Mapping[str, str], *, read: str, total: int, note: str = ""
+) -> Table:
+    """The counts that add up to ``total``; those of nothing are left out."""
+    rows = [(label, whole(stats[name]), share(stats[name], total)) for name, label in names.items() if stats.get(name)]
+    rows.append((read, whole(total), share(total, total)))
+    return Table((heading, "Count", "Share"), tuple(rows), note=note)
+
+
+def quarantine_tables(artifact: Artifact) -> tuple[Table, Table] | None:
     """Bad lines by reason, and the first of them; None where there is none."""
-    if not documents.has_file("quarantine.parquet"):
+    if not artifact.has_file("quarantine.parquet"):
         return None
-    rows = pq.read_table(documents.file("quarantine.parquet")).to_pylist()
+    rows = pq.read_table(artifact.file("quarantine.parquet")).to_pylist()
     if not rows:
         return None
     reasons = Counter(row["reason"] for row in rows).most_common()
@@ -147,16 +171,6 @@ def shards_table(artifacts: Artifacts) -> Table:
     return Table(("Shard", "Key", "Documents", "Text", "On disk", "Tokens"), rows, num_text=2, note=note)
 
 
-def counts_table(stats: Mapping[str, Any], heading: str) -> Table:
-    """Every count of an artifact's stats, named as its field is."""
-    rows = tuple(
-        (name.removeprefix("num_").replace("_", " "), whole(number))
-        for name, number in stats.items()
-        if name.startswith("num_") and isinstance(number, int)
-    )
-    return Table((heading, "Count"), rows)
-
-
 def accuracy_table(evaluations: Mapping[str, dict[str, Any]]) -> Table:
     """What every model scores, beside the majority baseline. evaluations: model name to evaluation.json."""
     rows = []
@@ -168,7 +182,7 @@ def accuracy_table(evaluations: Mapping[str, dict[str, Any]]) -> Table:
             majority = held_out
             low, high = held_out["interval"]
             gain = 100 * (held_out["accuracy"] - held_out["majority_share"])
-            cells += [percent(held_out["accuracy"]), f"{percent(low)} – {percent(high)}", f"{gain:+.1f} points"]
+            cells += [percent(held_out["accuracy"]), f"{percent(low)} – {percent(high)}", f"{gain:+.1f} points".replace("-", "−")]
         else:
             cells += ["–", "–", "–"]
         rows.append(tuple(cells))

@@ -188,8 +188,8 @@ def every_artifact(store: ArtifactStore) -> dict[str, Artifact]:
     pretrained = fake(store, "pretrained", model, blocks=corpus["blocks"], tokenizer=corpus["tokenizer"])
     conversations = fake(store, "archive", FakeSpec(files={"archive": "conversations"}))
     held_out_archive = fake(store, "archive", FakeSpec(files={"archive": "held out"}))
-    ledger = {"num_conversations": 15_711, "num_examples": 15_702, "num_too_long": 9, "num_rows": 1420}
-    counts = {**ledger, "num_tokens": 727_000, "num_supervised_tokens": 47_100}
+    ledger = {"num_conversations": 15_711, "num_examples": 15_700, "num_too_long": 9, "num_in_held_out": 2, "num_duplicates": 0}
+    counts = {**ledger, "num_rows": 1420, "num_tokens": 727_000, "num_supervised_tokens": 47_100}
     made = {"conversations": conversations, "tokenizer": corpus["tokenizer"], "held_out": held_out_archive}
     examples = fake(store, "examples", FakeSpec(stats=counts), **made)
     tuned = FakeSpec(
