@@ -24,7 +24,8 @@ from tasks.store import Artifact, ArtifactStore, Built, Spec, Work, shard_entry,
 
 Ids = npt.NDArray[np.int32]
 
-BATCH_IDS = 1 << 20  # a record batch of about 4 MB: few enough to open at once, small enough to map a part
+# A record batch of 4 MB: few enough to open at once, small enough to map a part. Raise the revisions when you change it.
+BATCH_IDS = 1 << 20
 
 
 class BlocksSpec(Spec):

@@ -5,6 +5,8 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
+from tasks.errors import StoreError
+
 CACHE_KILOBYTES = 256 << 10  # of SQLite pages held in memory
 LOOKUP_ROWS = 10_000  # digests a query; SQLite takes at most 32,766 variables
 
@@ -48,6 +50,8 @@ def open_seen(folder: Path) -> Iterator[Seen]:
         connection.execute("CREATE TABLE seen (digest BLOB PRIMARY KEY) WITHOUT ROWID")
         connection.execute("BEGIN")
         yield Seen(connection)
+    except sqlite3.Error as error:
+        raise StoreError(f"{path}: {error}; free room on that disk and run again") from error
     finally:
         connection.close()
         path.unlink(missing_ok=True)

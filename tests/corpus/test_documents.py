@@ -11,7 +11,8 @@ import pytest
 from pydantic import ValidationError
 
 from tasks.corpus import documents as stage_module
-from tasks.corpus.documents import DocumentsSpec, build_documents
+from tasks.corpus.boundaries import Shard
+from tasks.corpus.documents import DocumentsSpec, build_documents, write_shard
 from tasks.errors import CorpusError
 from tasks.machine import Machine
 from tasks.schemas import DOCUMENTS, QUARANTINE
@@ -178,6 +179,30 @@ def test_a_grown_corpus_finds_the_shards_that_did_not_change(store: ArtifactStor
     old, new = [{entry.key for entry in artifact.shards()} for artifact in (before, after)]
     assert len(new - old) <= 2 < len(old)
     assert all(path.stat().st_mtime_ns == written[path] for path in written)
+
+
+def test_a_killed_run_keeps_its_shards_and_ends_the_same(store: ArtifactStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    fields: dict[str, Any] = {"shard_bytes": 4_000, "deduplicate": True}
+    expected = build(ArtifactStore(store.root.parent / "other"), json_lines(TEXTS * 2), **fields)
+    written: list[Path] = []
+
+    def write_two_and_die(shard: Shard, path: Path) -> None:
+        if len(written) == 2:
+            path.write_bytes(b"torn")
+            raise KeyboardInterrupt
+        written.append(path)
+        write_shard(shard, path)
+
+    monkeypatch.setattr(stage_module, "write_shard", write_two_and_die)
+    with pytest.raises(KeyboardInterrupt):
+        build(store, json_lines(TEXTS * 2), **fields)
+    monkeypatch.undo()
+    kept = {path: path.stat().st_mtime_ns for path in store.root.glob("documents-shard/*/documents.parquet")}
+    found = build(store, json_lines(TEXTS * 2), **fields)
+    assert (found.content, found.stats) == (expected.content, expected.stats)
+    assert len(kept) == 2
+    assert all(path.stat().st_mtime_ns == when for path, when in kept.items())
+    assert not list(store.root.glob(".staging/*/*"))
 
 
 @pytest.mark.parametrize("num_workers", [1, 2, 3])

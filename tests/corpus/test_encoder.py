@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer
 
+from tasks.corpus import encoder as encoder_module
 from tasks.corpus.encoder import Encode, Encoded, Encoder, MismatchError, encoder_for, fast_encode, one_core, reference_encode
 from tasks.errors import CorpusError
 from tasks.store import Artifact, Digest
@@ -126,6 +127,11 @@ def test_every_500th_document_of_a_shard_is_sampled_whatever_the_batch() -> None
         with pytest.raises(MismatchError):
             Encoder(wrong_for_x, bytes_of).encode(texts, first)
     Encoder(wrong_for_x, bytes_of).encode(["a", "x"], 0)  # document 1 is not of the sample
+
+
+def test_a_very_long_document_is_not_sampled(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(encoder_module, "SAMPLE_CHARACTERS", 3)
+    assert Encoder(wrong_for_x, bytes_of).encode(["xxxx"]).ids.tolist() == [121] * 4
 
 
 def test_a_tokenizer_that_the_fast_path_cannot_read_uses_the_reference(tmp_path: Path) -> None:

@@ -54,6 +54,16 @@ def test_batches_do_not_change_the_rows(tmp_path: Path, monkeypatch: pytest.Monk
     assert rows_of(tmp_path / "tokens.arrow") == [[97, END], [98, 99, END], [END], [100, END], [101, END]]
 
 
+@pytest.mark.parametrize(("most", "batches"), [(3, [["a", "bb"], ["cccc"], ["d"]]), (100, [["a", "bb", "cccc", "d"]])])
+def test_long_texts_are_encoded_fewer_at_a_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, most: int, batches: list[list[str]]
+) -> None:
+    monkeypatch.setattr(tokens, "BATCH_CHARACTERS", most)
+    source = write_documents(tmp_path / "documents.parquet", ["a", "bb", "cccc", "d"])
+    with pq.ParquetFile(source) as table:
+        assert list(tokens.read_batches(table)) == batches
+
+
 def test_a_shard_that_fails_half_way_does_not_exist(tmp_path: Path) -> None:
     def encode_and_die(texts: Sequence[str], first: int) -> Encoded:
         raise RuntimeError("killed")
@@ -160,6 +170,24 @@ def test_shards_that_are_found_are_not_handed_out(
     grown = build(store, documents_of([*texts, "one more"], shard_bytes=4_000), trained, machine)
     assert handed_out[1] <= 2 < handed_out[0]
     assert len(list(grown.shards())) >= handed_out[0]
+
+
+def test_a_killed_run_keeps_its_shards_and_ends_the_same(
+    store: ArtifactStore, documents_of: Callable[..., Artifact], tokenizer: Artifact
+) -> None:
+    def run_two_and_die(function: Callable[[Any], Any], items: Sequence[Any], label: str) -> list[Any]:
+        [function(item) for item in items[:2]]
+        raise KeyboardInterrupt
+
+    documents = documents_of(PRACTICE, shard_bytes=2_000)
+    expected = build(store, documents, tokenizer).content
+    forget(store, "tokens", "tokens-shard")
+    with pytest.raises(KeyboardInterrupt):
+        build(store, documents, tokenizer, Machine(runner=run_two_and_die))
+    kept = {path: path.stat().st_mtime_ns for path in store.root.glob("tokens-shard/*/tokens.arrow")}
+    assert len(kept) == 2
+    assert build(store, documents, tokenizer).content == expected
+    assert all(path.stat().st_mtime_ns == written for path, written in kept.items())
 
 
 def test_a_fast_path_that_differs_leaves_the_reference_s_tokens_and_is_recorded(
