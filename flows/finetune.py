@@ -1,0 +1,18 @@
+"""sft-flow: archive to the finetuned model."""
+
+from typing import Any
+
+from prefect import flow
+
+from flows.run import run_recipe
+
+
+@flow(name="sft-flow", flow_run_name="{recipe}")
+def sft_flow(recipe: str = "demo", overrides: dict[str, Any] | None = None) -> list[dict[str, Any]]:
+    """Archive to the finetuned model.
+
+    Args:
+        recipe: the name of a recipe that comes with seqmill, or the path of a YAML file
+        overrides: dotted recipe field to value, such as {"blocks.block_size": 1024}
+    """
+    return run_recipe(recipe, overrides, ends=["finetuned"])

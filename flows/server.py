@@ -1,0 +1,111 @@
+"""A Prefect server of our own for one command: started, waited for, stopped; its database lives in the store.
+
+The ephemeral server that Prefect would start by itself loses task runs; this one keeps them, and `seqmill ui` shows them.
+"""
+
+import fcntl
+import logging
+import os
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import httpx
+
+from flows.settings import Settings, environment, inherited_environment, prefect_api_url, prefect_environment
+from tasks.errors import WorkerError
+
+log = logging.getLogger(__name__)
+
+# The first start makes the database: 17 s on two busy cores. Later ones take 3 s.
+START_SECONDS = 120.0
+STOP_SECONDS = 10.0
+LOOPBACK = "127.0.0.1"
+
+# The server ends with the command that started it, even by kill -9.
+_SERVER = """
+import os, sys
+from tasks.machine import die_with_parent
+die_with_parent(int(sys.argv[1]))
+sys.argv = ["prefect", "server", "start", "--host", sys.argv[2], "--port", sys.argv[3]]
+from prefect.cli import app
+app()
+"""
+
+
+@contextmanager
+def prefect_server(settings: Settings, *, verbose: bool = False, port: int | None = None) -> Iterator[str]:
+    """Make Prefect ready to be imported; yields the API's address.
+
+    Uses the server that PREFECT_API_URL names; where there is none, starts one on loopback and stops it at the end.
+    """
+    chosen = prefect_api_url()
+    if chosen:
+        with environment(prefect_environment(settings, None, verbose)):
+            yield chosen
+        return
+    port = port or free_port()
+    url = f"http://{LOOPBACK}:{port}/api"
+    folder = settings.store_root / ".prefect"
+    folder.mkdir(parents=True, exist_ok=True)
+    with environment(prefect_environment(settings, url, verbose)):
+        process = _start(folder, port, url)
+        try:
+            yield url
+        finally:
+            _stop(process)
+
+
+def free_port() -> int:
+    """A port on loopback that was free a moment ago."""
+    with socket.socket() as probe:
+        probe.bind((LOOPBACK, 0))
+        return int(probe.getsockname()[1])
+
+
+def _start(folder: Path, port: int, url: str) -> subprocess.Popen[bytes]:
+    log_path = folder / "server.log"
+    # Two servers that make one database at once would fail: one starts at a time.
+    with (folder / "start.lock").open("a") as lock, log_path.open("ab") as output:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        process = subprocess.Popen(
+            [sys.executable, "-c", _SERVER, str(os.getpid()), LOOPBACK, str(port)],
+            env=inherited_environment(),
+            stdout=output,
+            stderr=output,
+            stdin=subprocess.DEVNULL,
+        )
+        try:
+            _wait_until_healthy(process, url, log_path)
+        except BaseException:
+            _stop(process)
+            raise
+    log.debug("prefect server at %s", url)
+    return process
+
+
+def _wait_until_healthy(process: subprocess.Popen[bytes], url: str, log_path: Path) -> None:
+    deadline = time.monotonic() + START_SECONDS
+    while time.monotonic() < deadline:
+        if process.poll() is not None:
+            raise WorkerError(f"prefect server: ended with exit code {process.returncode} at its start; read {log_path}")
+        try:
+            if httpx.get(f"{url}/health", timeout=2.0).is_success:
+                return
+        except httpx.HTTPError:
+            pass  # not yet
+        time.sleep(0.1)
+    raise WorkerError(f"prefect server: not healthy after {START_SECONDS:.0f} s; read {log_path}")
+
+
+def _stop(process: subprocess.Popen[bytes]) -> None:
+    process.terminate()
+    try:
+        process.wait(STOP_SECONDS)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()

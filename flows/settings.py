@@ -1,0 +1,133 @@
+"""This machine: where the store is, how many workers and ranks, which launcher. None of it enters a key.
+
+Every field may be set as SEQMILL_<NAME> in the environment, or as an option of the command line, which wins.
+"""
+
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import Field, ValidationError
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+import deepspeed_configs
+from tasks.errors import SettingsError
+from tasks.machine import Machine, Progress, TrainingSettings, quiet
+
+ENV_PREFIX = "SEQMILL_"
+
+
+class Settings(BaseSettings):
+    """What concerns this machine and can change no artifact's key."""
+
+    model_config = SettingsConfigDict(env_prefix=ENV_PREFIX, frozen=True, extra="forbid")
+
+    store: Path = Field(Path("~/.cache/seqmill"), description="the folder of all artifacts")
+    num_workers: int | None = Field(None, ge=1, description="corpus processes; absent: one a core")
+    num_ranks: int | None = Field(None, ge=1, description="training ranks; absent: one a GPU, else one a core")
+    micro_batch_size: int | None = Field(None, ge=1, description="rows per device per forward; absent: derived")
+    threads_per_rank: int = Field(1, ge=1, description="CPU threads a rank")
+    launcher: Literal["torchrun", "deepspeed"] = Field("torchrun", description="what starts the ranks")
+    hostfile: Path | None = Field(None, description="DeepSpeed hostfile, for the deepspeed launcher")
+    deepspeed: str = Field("zero2", description="a preset of deepspeed_configs/ or the path of a DeepSpeed JSON file")
+    huggingface_endpoint: str | None = Field(None, description="where the Hugging Face hub answers; absent: the public one")
+    modelscope_endpoint: str | None = Field(None, description="where the ModelScope hub answers; absent: the public one")
+
+    @property
+    def store_root(self) -> Path:
+        return self.store.expanduser().absolute()
+
+    @property
+    def deepspeed_path(self) -> Path:
+        """The DeepSpeed JSON file that is meant. Raises SettingsError where there is none."""
+        presets = Path(deepspeed_configs.__file__).parent
+        for path in (presets / f"{self.deepspeed}.json", Path(self.deepspeed).expanduser()):
+            if path.is_file():
+                return path.absolute()
+        names = ", ".join(sorted(path.stem for path in presets.glob("*.json")))
+        raise SettingsError(f"deepspeed: no preset and no file {self.deepspeed!r}; presets are {names}")
+
+    def machine(self, progress: Progress = quiet) -> Machine:
+        """What the build functions are given of this machine."""
+        endpoints = {"huggingface": self.huggingface_endpoint, "modelscope": self.modelscope_endpoint}
+        return Machine(
+            num_workers=self.num_workers or num_cores(),
+            endpoints={name: url for name, url in endpoints.items() if url},
+            training=TrainingSettings(
+                num_ranks=self.num_ranks,
+                deepspeed_config=self.deepspeed_path,
+                launcher=self.launcher,
+                hostfile=self.hostfile,
+                micro_batch_size=self.micro_batch_size,
+                threads_per_rank=self.threads_per_rank,
+            ),
+            progress=progress,
+        )
+
+
+def load_settings(**given: Any) -> Settings:
+    """Settings from the environment, overridden by what is given and not None. Raises SettingsError."""
+    try:
+        return Settings(**{name: value for name, value in given.items() if value is not None})
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"])
+        raise SettingsError(
+            f"settings: {where}: {first['msg'].lower()}, found {first['input']!r}; see seqmill run --help"
+        ) from None
+
+
+def export_settings(settings: Settings) -> None:
+    """Put settings into the environment, where flows and what they start read them."""
+    for name, value in settings.model_dump().items():
+        if value is not None:
+            os.environ[ENV_PREFIX + name.upper()] = str(value)
+
+
+def num_cores() -> int:
+    """The cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def prefect_environment(settings: Settings, api_url: str | None, verbose: bool) -> dict[str, str]:
+    """The environment that Prefect is imported under: its home in the store, its console quiet, our loggers heard."""
+    environment = {
+        "PREFECT_HOME": str(settings.store_root / ".prefect"),
+        "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
+        "PREFECT_LOGGING_EXTRA_LOGGERS": "flows,tasks",
+        "PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL": "0" if verbose else "50",
+        "DO_NOT_TRACK": "1",
+        **({"PREFECT_API_URL": api_url} if api_url else {}),
+    }
+    return {name: value for name, value in environment.items() if name not in os.environ}
+
+
+@contextmanager
+def environment(values: dict[str, str]) -> Iterator[None]:
+    """Set variables, none of which is set yet, for this process and what it starts, until the end of the block."""
+    os.environ.update(values)
+    try:
+        yield
+    finally:
+        for name in values:
+            os.environ.pop(name, None)
+
+
+def prefect_api_url() -> str | None:
+    """The Prefect server that the user has chosen, if any."""
+    return os.environ.get("PREFECT_API_URL") or None
+
+
+def inherited_environment() -> dict[str, str]:
+    """A copy of this process's environment, for a process to be started."""
+    return dict(os.environ)
+
+
+def free_bytes(folder: Path) -> int:
+    """Bytes free on the file system that holds, or would hold, ``folder``."""
+    while not folder.exists():
+        folder = folder.parent
+    return shutil.disk_usage(folder).free

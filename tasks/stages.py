@@ -1,0 +1,110 @@
+"""Every Prefect task, one line each, in data order; the only place under tasks/ that knows Prefect.
+
+The store decides what is found and what is built; Prefect is told. A stage or a group of shards that was found ends in
+the state ``Cached``; one that was built, in ``Completed``. Only small references pass through Prefect, never data.
+"""
+
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any
+
+from prefect import Task, task
+from prefect.artifacts import create_markdown_artifact, create_table_artifact
+from prefect.cache_policies import NO_CACHE
+from prefect.client.schemas.objects import State
+from prefect.states import Completed
+
+from tasks.corpus.archive import build_archive
+from tasks.corpus.blocks import build_blocks
+from tasks.corpus.documents import build_documents
+from tasks.corpus.examples import build_examples
+from tasks.corpus.tokenizer import build_tokenizer
+from tasks.corpus.tokens import build_tokens
+from tasks.machine import Machine
+from tasks.report.report import build_report, prefect_tables
+from tasks.store import Artifact, ArtifactStore, Spec, Stage
+from tasks.training.adapter import build_adapter
+from tasks.training.evaluation import build_evaluation
+from tasks.training.finetuned import build_finetuned
+from tasks.training.pretrained import build_pretrained
+
+log = logging.getLogger(__name__)
+
+# A run graph of 500 tasks is unreadable, and a task costs 4-5 ms: shards run in at most so many groups.
+MOST_GROUPS = 24
+
+
+def as_task(stage: Stage[Any], publish: Callable[[Artifact], None] | None = None) -> Task[..., Any]:
+    """A Prefect task that finds or builds a stage's artifact and ends in ``Cached`` when it was found.
+
+    ``publish`` shows the artifact in the Prefect UI, found or built.
+    """
+
+    @task(name=stage.kind, task_run_name="{name}", cache_policy=NO_CACHE, persist_result=False)
+    def run(name: str, store: ArtifactStore, machine: Machine, spec: Spec, inputs: dict[str, Artifact]) -> State[Any]:
+        grouped = replace(machine, runner=in_groups(machine))
+        artifact = stage(store, grouped, spec, **inputs)
+        if publish:
+            publish(artifact)
+        return _ended([artifact], artifact, f"{artifact.ref}, {artifact.num_bytes} bytes")
+
+    return run
+
+
+def in_groups(machine: Machine) -> Callable[[Callable[[Any], Any], Sequence[Any], str], list[Any]]:
+    """A shard runner that shows Prefect one task for each group of shards; the work stays in the machine's process pool."""
+
+    def run(function: Callable[[Any], Any], items: Sequence[Any], label: str) -> list[Any]:
+        size = max(1, -(-len(items) // MOST_GROUPS))
+        groups = [list(items[start : start + size]) for start in range(0, len(items), size)]
+        names = [f"{label} {i * size}-{i * size + len(group) - 1}" for i, group in enumerate(groups)]
+        if machine.num_workers == 1 or len(items) == 1:
+            inline = replace(machine, num_workers=1)
+            results = [shard_group(name, inline, function, group) for name, group in zip(names, groups, strict=True)]
+        else:
+            futures = [shard_group.submit(name, machine, function, group) for name, group in zip(names, groups, strict=True)]
+            results = [future.result() for future in futures]
+        return [artifact for group in results for artifact in group]
+
+    return run
+
+
+@task(name="shards", task_run_name="{name}", cache_policy=NO_CACHE, persist_result=False)
+def shard_group(name: str, machine: Machine, function: Callable[[Any], Any], items: list[Any]) -> State[Any]:
+    """One group of shards."""
+    inline = machine.num_workers == 1
+    artifacts = [function(item) for item in items] if inline else machine.run_in_pool(function, items, name)
+    return _ended(artifacts, artifacts, f"{sum(artifact.found for artifact in artifacts)} of {len(artifacts)} shards found")
+
+
+def _ended(artifacts: list[Artifact], data: Any, message: str) -> State[Any]:
+    found = all(artifact.found for artifact in artifacts)
+    return Completed(name="Cached" if found else "Completed", message=message, data=data)
+
+
+def publish_report(report: Artifact) -> None:
+    """Show a report in the Prefect UI: its short version as markdown, its tables as tables."""
+    create_markdown_artifact(key="report", markdown=report.file("report.md").read_text(encoding="utf-8"), description=report.ref)
+    for name, rows in prefect_tables(report).items():
+        create_table_artifact(key=name, table=rows, description=f"{name} of {report.ref}")
+
+
+fetch = as_task(build_archive)
+split = as_task(build_documents)
+find_tokenizer = as_task(build_tokenizer)
+tokenize = as_task(build_tokens)
+pack = as_task(build_blocks)
+pretrain = as_task(build_pretrained)
+make_examples = as_task(build_examples)
+finetune = as_task(build_finetuned)
+adapt = as_task(build_adapter)
+evaluate = as_task(build_evaluation)
+report = as_task(build_report, publish_report)
+
+TASKS = {
+    stage_task.name: stage_task
+    for stage_task in (
+        fetch, split, find_tokenizer, tokenize, pack, pretrain, make_examples, finetune, adapt, evaluate, report,
+    )
+}  # fmt: skip

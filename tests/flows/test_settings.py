@@ -1,0 +1,32 @@
+from pathlib import Path
+
+import pytest
+
+from flows.settings import Settings, free_bytes, load_settings
+from tasks.errors import SettingsError
+
+
+def test_what_is_given_wins_over_the_environment_which_wins_over_the_default(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SEQMILL_STORE", "/from/environment")
+    monkeypatch.setenv("SEQMILL_NUM_WORKERS", "3")
+    settings = load_settings(store=Path("/given"), num_ranks=None)
+    assert (settings.store, settings.num_workers, settings.num_ranks) == (Path("/given"), 3, None)
+
+
+def test_a_wrong_setting_is_the_users_mistake_and_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SEQMILL_NUM_WORKERS", "none")
+    with pytest.raises(SettingsError, match="num_workers.*'none'") as raised:
+        load_settings()
+    assert raised.value.exit_code == 2
+
+
+def test_a_deepspeed_preset_is_found_by_name_and_a_file_by_its_path(tmp_path: Path) -> None:
+    (tmp_path / "mine.json").write_text("{}")
+    assert Settings(deepspeed="zero2").deepspeed_path.name == "zero2.json"
+    assert Settings(deepspeed=str(tmp_path / "mine.json")).deepspeed_path == tmp_path / "mine.json"
+    with pytest.raises(SettingsError, match="presets are .*zero3_offload"):
+        _ = Settings(deepspeed="zero9").deepspeed_path
+
+
+def test_free_bytes_are_those_of_the_nearest_folder_that_exists(tmp_path: Path) -> None:
+    assert free_bytes(tmp_path / "not" / "yet") == pytest.approx(free_bytes(tmp_path), rel=0.1)
