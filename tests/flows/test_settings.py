@@ -15,7 +15,7 @@ def test_what_is_given_wins_over_the_environment_which_wins_over_the_default(mon
 
 def test_a_wrong_setting_is_the_users_mistake_and_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SEQMILL_NUM_WORKERS", "none")
-    with pytest.raises(SettingsError, match="num_workers.*'none'") as raised:
+    with pytest.raises(SettingsError, match=r"num_workers.*'none'") as raised:
         load_settings()
     assert raised.value.exit_code == 2
 
@@ -24,7 +24,7 @@ def test_a_deepspeed_preset_is_found_by_name_and_a_file_by_its_path(tmp_path: Pa
     (tmp_path / "mine.json").write_text("{}")
     assert Settings(deepspeed="zero2").deepspeed_path.name == "zero2.json"
     assert Settings(deepspeed=str(tmp_path / "mine.json")).deepspeed_path == tmp_path / "mine.json"
-    with pytest.raises(SettingsError, match="presets are .*zero3_offload"):
+    with pytest.raises(SettingsError, match=r"presets are .*zero3_offload"):
         _ = Settings(deepspeed="zero9").deepspeed_path
 
 
