@@ -21,7 +21,7 @@ from tasks.corpus.documents import build_documents
 from tasks.corpus.examples import build_examples
 from tasks.corpus.tokenizer import build_tokenizer
 from tasks.corpus.tokens import build_tokens
-from tasks.machine import Machine
+from tasks.machine import Machine, ShardRunner
 from tasks.report.report import build_report, prefect_tables
 from tasks.store import Artifact, ArtifactStore, Spec, Stage
 from tasks.training.adapter import build_adapter
@@ -52,7 +52,7 @@ def as_task(stage: Stage[Any], publish: Callable[[Artifact], None] | None = None
     return run
 
 
-def in_groups(machine: Machine) -> Callable[[Callable[[Any], Any], Sequence[Any], str], list[Any]]:
+def in_groups(machine: Machine) -> ShardRunner:
     """A shard runner that shows Prefect one task for each group of shards; the work stays in the machine's process pool."""
 
     def run(function: Callable[[Any], Any], items: Sequence[Any], label: str) -> list[Any]:
