@@ -1,12 +1,12 @@
 """Where a documents shard ends: the documents themselves decide, so that a change moves only the boundaries near it.
 
-A shard ends at the document with the smallest boundary number among those that leave it between a quarter of its greatest
-size and the greatest size. Counting documents instead would move every boundary behind an inserted one.
+A shard's size is the UTF-8 bytes of its texts and the 32 bytes of each document's digest, so that the shortest documents do
+not fill the memory. It ends at the document with the smallest boundary number among those that leave it between a quarter of
+its greatest size and the greatest size. Counting documents instead would move every boundary behind an inserted one.
 """
 
 import hashlib
 from array import array
-from collections import Counter
 from dataclasses import dataclass
 from typing import Any
 
@@ -65,6 +65,10 @@ class Shard:
         return head
 
     @property
+    def size(self) -> int:
+        return len(self.data) + len(self.digests)
+
+    @property
     def identity(self) -> Digest:
         """The digest of its documents' digests."""
         return digest_bytes(bytes(self.digests))
@@ -73,13 +77,9 @@ class Shard:
     def stats(self) -> dict[str, Any]:
         return {"num_documents": len(self), "num_bytes": len(self.data), "num_characters": sum(self.characters)}
 
-    def length_counts(self) -> Counter[int]:
-        """How many documents have a length in characters of so many binary digits."""
-        return Counter(length.bit_length() for length in self.characters)
-
 
 class Sharder:
-    """Cuts a stream of documents into shards of at most ``greatest_bytes`` of text (one longer document stands alone)."""
+    """Cuts a stream of documents into shards of at most ``greatest_bytes`` (one larger document stands alone)."""
 
     def __init__(self, greatest_bytes: int) -> None:
         self.greatest_bytes = greatest_bytes
@@ -88,18 +88,18 @@ class Sharder:
     def add(self, document: Document) -> Shard | None:
         """Take the next document; returns a shard when one is full."""
         self.pending.append(document)
-        if len(self.pending.data) <= self.greatest_bytes:
-            return None
-        sizes = np.array(self.pending.sizes, np.int64)
-        return self.pending.split_off(boundary(sizes, boundary_numbers(self.pending.digests), self.greatest_bytes))
+        return self._split() if self.pending.size > self.greatest_bytes else None
 
     def finish(self) -> list[Shard]:
         """What is left when the stream ends."""
         left = []
-        while len(self.pending.data) > self.greatest_bytes:
-            sizes = np.array(self.pending.sizes, np.int64)
-            left.append(self.pending.split_off(boundary(sizes, boundary_numbers(self.pending.digests), self.greatest_bytes)))
+        while self.pending.size > self.greatest_bytes and len(self.pending) > 1:
+            left.append(self._split())
         return left + [self.pending] * bool(len(self.pending))
+
+    def _split(self) -> Shard:
+        sizes = np.array(self.pending.sizes, np.int64) + DIGEST_BYTES
+        return self.pending.split_off(boundary(sizes, boundary_numbers(self.pending.digests), self.greatest_bytes))
 
 
 def boundary_numbers(digests: bytes | bytearray) -> npt.NDArray[np.uint64]:

@@ -46,7 +46,9 @@ class DocumentsSpec(Spec):
         le=1,
         description="fail when more than this share of the lines is bad; judged from line 1000 on, and at the end",
     )
-    shard_bytes: int = Field(64 << 20, ge=1, description="the greatest size of a shard, in UTF-8 bytes of text")
+    shard_bytes: int = Field(
+        64 << 20, ge=1, description="the greatest size of a shard, in UTF-8 bytes of text, and 32 a document"
+    )
 
     @model_validator(mode="after")
     def _lengths_leave_room(self) -> "DocumentsSpec":
