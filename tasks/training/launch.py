@@ -127,7 +127,8 @@ class _Listener:
             # The first is the cause: its peers then fail for want of it.
             self.failure = self.failure or orjson.loads(line[len(FAILURE_PREFIX) :])
         elif line.strip():
-            self.tail.append(line)
+            if not self.failure:  # what follows a failure is its peers' and torchrun's account of it
+                self.tail.append(line)
             if found := TORCHRUN_RANK.match(line):
                 self.dead_rank = found[1]
             if found := TORCHRUN_EXIT.match(line):

@@ -14,6 +14,7 @@ import orjson
 import torch
 import transformers
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedModel, TrainingArguments
+from transformers.integrations.deepspeed import set_hf_deepspeed_config, unset_hf_deepspeed_config
 
 from tasks.errors import RecipeError
 from tasks.store import write_atomically
@@ -23,7 +24,7 @@ from tasks.training.deepspeed import zero_stage
 from tasks.training.model import check_fits
 from tasks.training.order import Share
 from tasks.training.rank import num_ranks, rank, run_rank
-from tasks.training.trainer import SteppedTrainer
+from tasks.training.trainer import SteppedTrainer, barrier
 
 log = logging.getLogger(__name__)
 
@@ -33,7 +34,8 @@ SCHEDULES = {"cosine": "cosine", "linear": "linear", "constant": "constant_with_
 def train(plan: dict[str, Any]) -> None:
     """Train as the plan says and write the model folder."""
     quiet_libraries()
-    arguments = training_arguments(plan)  # first: it starts the ranks' group, and ZeRO-3 then builds models in pieces
+    arguments = training_arguments(plan)  # first: from here on ZeRO-3 builds models in pieces
+    join_ranks()
     model = prepared_model(plan)
     share = Share(rank(), num_ranks(), plan["batch"]["micro_batch_size"], plan["batch"]["accumulation"])
     num_rows = len(open_rows(plan["train_files"]))
@@ -51,6 +53,7 @@ def quiet_libraries() -> None:
     transformers.logging.set_verbosity_warning()
     transformers.utils.logging.disable_progress_bar()
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    logging.getLogger("accelerate").setLevel(logging.ERROR)  # it warns that DeepSpeed accumulates gradients, as is meant
     warnings.filterwarnings("ignore", category=FutureWarning)  # torch to DeepSpeed; nothing a user can do
     if not torch.cuda.is_available():
         os.environ["DS_ACCELERATOR"] = "cpu"  # else DeepSpeed warns that it found no GPU
@@ -97,11 +100,23 @@ def training_arguments(plan: dict[str, Any]) -> TrainingArguments:
     )
 
 
+def join_ranks() -> None:
+    """Start the ranks' group in DeepSpeed's own eyes: Trainer does so in torch's, and ZeRO-3 then counts one rank."""
+    import deepspeed
+
+    deepspeed.init_distributed(dist_backend="nccl" if torch.cuda.is_available() else "gloo", verbose=False)
+
+
 def prepared_model(plan: dict[str, Any]) -> Any:
     """The model that the plan starts from, with LoRA layers where it says so; the same on every rank."""
     seed = plan["optimization"]["seed"]
     torch.manual_seed(seed)
-    model = new_model(plan["model"]) if plan["model"]["config"] else loaded_model(plan)
+    if plan["model"]["config"] and zero_stage(plan["deepspeed"]) == 3:
+        model = loaded_model(plan, whole_new_model(plan))
+    elif plan["model"]["config"]:
+        model = new_model(plan["model"])
+    else:
+        model = loaded_model(plan, plan["model"]["folder"])
     check_fits(model.config.to_dict(), plan["block_size"], plan["vocab_size"], plan["label"])
     model.generation_config = GenerationConfig(**plan["generation"])
     if plan["lora"]:
@@ -121,11 +136,33 @@ def new_model(model: dict[str, Any]) -> PreTrainedModel:
         raise RecipeError(f"pretrained.model.config: {' '.join(str(error).split())}") from error
 
 
-def loaded_model(plan: dict[str, Any]) -> PreTrainedModel:
+def whole_new_model(plan: dict[str, Any]) -> str:
+    """The folder where rank 0 has saved a new model made in one piece.
+
+    Made in pieces its random numbers would be others, and no artifact may depend on the ZeRO stage.
+    """
+    folder = str(Path(plan["result_path"]).with_name("initial"))
+    if rank() == 0:
+        pieces = deepspeed_settings()
+        unset_hf_deepspeed_config()
+        new_model(plan["model"]).save_pretrained(folder)
+        set_hf_deepspeed_config(pieces)
+    barrier()
+    return folder
+
+
+def deepspeed_settings() -> Any:
+    """What Transformers looks at to see that models are built in pieces."""
+    found = transformers.integrations.deepspeed._hf_deepspeed_config_weak_ref
+    assert found is not None
+    return found()
+
+
+def loaded_model(plan: dict[str, Any], folder: str) -> PreTrainedModel:
     """A model with the weights of a folder."""
     precision = plan["optimization"]["precision"]
     return AutoModelForCausalLM.from_pretrained(
-        plan["model"]["folder"],
+        folder,
         attn_implementation=plan["model"]["attention"],
         dtype=torch.bfloat16 if precision == "bf16" else torch.float32,
         use_safetensors=True,

@@ -17,7 +17,7 @@ from tasks.training.launch import launcher_command, run_worker
 from tasks.training.lines import level_of
 
 WORKER = """
-import logging, os, sys
+import logging, os, time
 from tasks.errors import RecipeError
 from tasks.training.rank import report_metrics, run_rank, speak
 
@@ -33,7 +33,7 @@ def work(plan):
         os.kill(os.getpid(), 9)
     if plan["do"] == "wait":
         report_metrics({"pid": os.getpid()})
-                time.sleep(100)
+        time.sleep(100)
 
 if __name__ == "__main__":
     run_rank(work)
@@ -62,13 +62,13 @@ def test_metrics_reach_the_caller_and_log_lines_keep_their_level(launch: Any, ca
 
 
 def test_a_failing_rank_is_named_in_one_line_with_its_error(launch: Any, caplog: pytest.LogCaptureFixture) -> None:
-    with pytest.raises(WorkerError, match="^pretrained: rank 0 failed with ValueError: no such column; [^\n]*$"):
+    with pytest.raises(WorkerError, match=r"^pretrained: rank 0 failed with ValueError: no such column; [^\n]*$"):
         launch("fail")
     assert "Traceback (most recent call last):" in [r.message for r in caplog.records if r.levelname == "ERROR"]
 
 
 def test_an_error_of_ours_keeps_its_class_and_message(launch: Any) -> None:
-    with pytest.raises(RecipeError, match="^adapter: no module is named q; name another$"):
+    with pytest.raises(RecipeError, match=r"^adapter: no module is named q; name another$"):
         launch("refuse")
 
 
