@@ -153,7 +153,8 @@ def _prove_answer(chat: Chat, run: Ids, answer: Answer) -> None:
 
 
 def _words(decoded: str, answer: Answer) -> str:
-    return decoded.removesuffix(answer.end_marker).strip()
+    # Only behind the words: a template may set a blank before its end marker, and the model has to write that too.
+    return decoded.removesuffix(answer.end_marker).rstrip()
 
 
 def _round_trip(chat: Chat, answer: Answer) -> str:
