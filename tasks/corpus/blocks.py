@@ -7,6 +7,7 @@ Writes  blocks-shard  blocks.arrow           BLOCKS: input_ids, block_size ids a
                       validation-tail.arrow  absent where they make no row
 """
 
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,8 @@ from tasks.errors import CorpusError
 from tasks.machine import Machine
 from tasks.schemas import SPLITS, TAIL, blocks_schema
 from tasks.store import Artifact, ArtifactStore, Built, Spec, Work, shard_entry, stage
+
+log = logging.getLogger(__name__)
 
 Ids = npt.NDArray[np.int32]
 
@@ -49,6 +52,8 @@ def build_blocks(work: Work, spec: BlocksSpec, tokens: Artifact) -> Built:
             f"{tokens.ref}: the train split has {splits['train']['num_tokens']} tokens, fewer than one block of "
             f"{spec.block_size}; take more documents or set a smaller blocks.block_size"
         )
+    if splits["validation"]["num_tokens"] and not splits["validation"]["num_blocks"]:
+        log.warning("%s: the validation split has fewer tokens than one block of %d", tokens.ref, spec.block_size)
     told = {name: tokens.stats[name] for name in ("vocab_size", "end_of_document_id")}
     return Built(
         stats={"block_size": spec.block_size, **told, **splits},

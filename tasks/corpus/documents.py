@@ -5,6 +5,7 @@ Writes  documents-shard  documents.parquet   DOCUMENTS: text
         documents        quarantine.parquet  QUARANTINE: line, reason, excerpt
 """
 
+import logging
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -24,6 +25,8 @@ from tasks.corpus.reader import BLANK, EXCERPT_BYTES, BadLine, Row, read_rows
 from tasks.errors import CorpusError
 from tasks.schemas import DOCUMENTS, QUARANTINE, SPLITS
 from tasks.store import Artifact, Built, Digest, ShardEntry, Spec, Work, shard_entry, stage
+
+log = logging.getLogger(__name__)
 
 # A reader holds one row group's pages: 23 MB of text at 2.3 KB a document. Raise the shard's revision when you change it.
 ROW_GROUP_DOCUMENTS = 10_000
@@ -137,26 +140,23 @@ def build_documents(work: Work, spec: DocumentsSpec, archive: Artifact) -> Built
         open_quarantine(work.folder / "quarantine.parquet") as quarantine,
         open_seen(work.scratch) as seen,
     ):
-        for batch in read_rows(path, advance, work.machine.num_workers, (spec.text_field,)):
-            for row, outcome in judge_all(batch, spec, seen):
-                count(ledger, row, outcome)
-                if isinstance(outcome, Document):
-                    shards.add(outcome)
-                elif isinstance(outcome, BadLine) and outcome is not BLANK:
-                    quarantine.add(row.line, outcome)
-                    if ledger.num_lines >= EARLY_LINES:
-                        ledger.refuse_too_many_bad(path, spec.max_quarantined_fraction)
-                if ledger.counts["documents"] == spec.max_documents:
-                    break
-            if ledger.counts["documents"] == spec.max_documents:
-                break
+        for row, outcome in judge_all(read_rows(path, advance, work.machine.num_workers, (spec.text_field,)), spec, seen):
+            count(ledger, row, outcome)
+            if isinstance(outcome, Document):
+                shards.add(outcome)
+            elif isinstance(outcome, BadLine) and outcome is not BLANK:
+                quarantine.add(row.line, outcome)
+                if ledger.num_lines >= EARLY_LINES:
+                    ledger.refuse_too_many_bad(path, spec.max_quarantined_fraction)
     ledger.refuse_too_many_bad(path, spec.max_quarantined_fraction)
     entries = shards.finish()
-    _refuse_nothing(path, ledger, shards.stats())
+    _refuse_nothing(path, ledger, shards.stats(), spec.validation_fraction)
     return Built(stats={**ledger.stats(), **shards.stats()}, shards=entries)
 
 
-def _refuse_nothing(path: Path, ledger: Ledger, splits: dict[str, Any]) -> None:
+def _refuse_nothing(path: Path, ledger: Ledger, splits: dict[str, Any], fraction: float) -> None:
+    if fraction and not splits["validation"]["num_documents"]:
+        log.warning("%s: no document fell into the validation split; a greater validation_fraction would give it some", path)
     if splits["train"]["num_documents"]:
         return
     counts = ", ".join(f"{number} {name}" for name, number in ledger.counts.items()) or "none"
@@ -170,16 +170,27 @@ def _refuse_nothing(path: Path, ledger: Ledger, splits: dict[str, Any]) -> None:
 Outcome = Document | BadLine | str
 
 
-def judge_all(batch: list[Row], spec: DocumentsSpec, seen: Seen) -> Iterator[tuple[Row, Outcome]]:
-    """What becomes of each row, the first of equal documents winning where the spec drops duplicates."""
-    outcomes = [judge(row, spec) for row in batch]
-    if spec.deduplicate:
-        places = [place for place, outcome in enumerate(outcomes) if isinstance(outcome, Document)]
-        firsts = seen.firsts([outcomes[place].digest for place in places])  # type: ignore[union-attr]
-        for place, is_first in zip(places, firsts, strict=True):
-            if not is_first:
-                outcomes[place] = "duplicates"
-    return zip(batch, outcomes, strict=True)
+def judge_all(batches: Iterator[list[Row]], spec: DocumentsSpec, seen: Seen) -> Iterator[tuple[Row, Outcome]]:
+    """What becomes of each row, up to the last document that the spec asks for."""
+    num_documents = 0
+    for batch in batches:
+        outcomes = [judge(row, spec) for row in batch]
+        if spec.deduplicate:
+            drop_duplicates(outcomes, seen)
+        for row, outcome in zip(batch, outcomes, strict=True):
+            yield row, outcome
+            num_documents += isinstance(outcome, Document)
+            if num_documents == spec.max_documents:
+                return
+
+
+def drop_duplicates(outcomes: list[Outcome], seen: Seen) -> None:
+    """Leave of equal documents the first."""
+    documents = [(place, outcome.digest) for place, outcome in enumerate(outcomes) if isinstance(outcome, Document)]
+    firsts = seen.firsts([digest for _, digest in documents])
+    for (place, _), is_first in zip(documents, firsts, strict=True):
+        if not is_first:
+            outcomes[place] = "duplicates"
 
 
 def judge(row: Row, spec: DocumentsSpec) -> Outcome:

@@ -138,6 +138,12 @@ def test_a_corpus_without_a_document_is_refused(store: ArtifactStore, data: byte
         build(store, data, **fields)
 
 
+def test_an_empty_validation_split_is_warned_of(store: ArtifactStore, caplog: pytest.LogCaptureFixture) -> None:
+    artifact = build(store, json_lines(["a"]), validation_fraction=0.001)
+    assert artifact.stats["validation"]["num_documents"] == 0
+    assert "no document fell into the validation split" in caplog.text
+
+
 def test_the_first_of_equal_documents_wins(store: ArtifactStore) -> None:
     artifact = build(store, json_lines(["a", "b", "a", "c", "b"]), deduplicate=True, validation_fraction=0)
     assert texts_in(artifact, "train") == ["a", "b", "c"]
