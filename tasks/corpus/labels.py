@@ -79,6 +79,11 @@ def _find_answer(chat: Chat, text: str, before: Conversation, words: str) -> Ans
             f"chat template: no special token closes the answer {_short(words)}; "
             "the model could not learn to stop: use a template that ends every turn with one"
         )
+    if is_asked_so and marker.start() == len(prompt) and prompt == chat.render(before):
+        raise CorpusError(
+            f"chat template: does not open an answer with {marker[0]} when asked to, though its texts do; "
+            "use a template that knows add_generation_prompt"
+        )
     # What the template puts before the words (an empty <think></think>) is not the assistant's.
     start = len(text[: marker.start()].rstrip()) - len(words)
     if start < 0 or not text.startswith(words, start):

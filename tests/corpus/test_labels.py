@@ -108,6 +108,12 @@ def test_a_template_that_closes_no_answer_is_refused(tmp_path: Path) -> None:
         render(chat, TWO_TURNS)
 
 
+def test_a_template_that_cannot_be_asked_is_refused(tmp_path: Path) -> None:
+    template = "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>' }}{% endfor %}"
+    with pytest.raises(CorpusError, match=r"does not open an answer with <\|im_start\|> when asked to"):
+        render(load_chat(write_tokenizer(tmp_path, template)), TWO_TURNS)
+
+
 @pytest.fixture(scope="module")
 def qwen3(tmp_path_factory: pytest.TempPathFactory) -> Chat:
     return load_chat(write_tokenizer(tmp_path_factory.mktemp("qwen3"), QWEN3))
