@@ -51,21 +51,26 @@ def run(
     verbose: VerboseOption = False,
 ) -> None:
     """Find or build every stage of RECIPE, as a Prefect flow."""
+    from flows.checks import check_ranks, check_space
     from flows.plan import plan
     from flows.server import prefect_server
-    from flows.space import check_space
 
     settings = load_settings(store=store, num_workers=num_workers, num_ranks=num_ranks, deepspeed=deepspeed)
     loaded = load_recipe(recipe, changes := parse_overrides(overrides or []))
     nodes, machine, artifacts = _nodes(loaded, until), settings.machine(), ArtifactStore(settings.store_root)
+    check_ranks(nodes, machine)
     check_space(loaded, plan(nodes, artifacts, machine), artifacts, machine)
     export_settings(settings)
     with prefect_server(settings, verbose=verbose) as url:
         from flows.everything import everything_flow
 
         log_to_console(verbose)
-        err.print(f"[dim]store {artifacts.root}   Prefect {url.removesuffix('/api')}[/dim]")
-        rows = everything_flow(recipe=recipe, overrides=changes, until=until)
+        err.print(f"[dim]store {artifacts.root}   Prefect {url.removesuffix('/api')}[/dim]", soft_wrap=True)
+        try:
+            rows = everything_flow(recipe=recipe, overrides=changes, until=until)
+        except KeyboardInterrupt:
+            err.print("interrupted; what is finished is kept: run again to go on")
+            raise typer.Exit(130) from None
     _show_run(rows, artifacts, as_json)
 
 
@@ -79,7 +84,7 @@ def plan(
 ) -> None:
     """Say what `run` would find and what it would build, and why."""
     from flows import plan as planning
-    from flows.space import check_space
+    from flows.checks import check_space
 
     settings = load_settings(store=store)
     loaded = load_recipe(recipe, parse_overrides(overrides or []))
@@ -208,15 +213,10 @@ def recipes(as_json: JsonOption = False) -> None:
 def main() -> None:
     """Run the command; exit code 2 for the user's mistakes, 1 for the world's, with one line that says which."""
     try:
-        app(standalone_mode=False)
+        app()
     except SeqmillError as error:
         err.print(f"[red]error:[/red] {escape(str(error))}", soft_wrap=True, highlight=False)
         sys.exit(error.exit_code)
-    except typer.Exit as ended:
-        sys.exit(ended.exit_code)
-    except KeyboardInterrupt:
-        err.print("interrupted; what is finished is kept: run again to go on")
-        sys.exit(130)
 
 
 def _nodes(recipe: Recipe, until: str) -> Any:

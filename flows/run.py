@@ -5,6 +5,7 @@ import time
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from flows.checks import check_ranks
 from flows.console import console_progress
 from flows.dag import ending_with, nodes_of
 from flows.recipe import load_recipe
@@ -23,10 +24,12 @@ def run_recipe(name_or_path: str, overrides: Mapping[str, Any] | None, ends: Ite
     recipe = load_recipe(name_or_path, overrides)
     settings = load_settings()
     store, machine = ArtifactStore(settings.store_root), settings.machine(console_progress())
+    nodes = ending_with(nodes_of(recipe), ends)
+    check_ranks(nodes, machine)
     artifacts: dict[str, Artifact] = {}
     states: dict[str, Any] = {}
     rows = []
-    for node in ending_with(nodes_of(recipe), ends):
+    for node in nodes:
         start = time.perf_counter()
         state = TASKS[node.kind](
             f"{recipe.name} {node.name}",

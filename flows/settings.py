@@ -16,6 +16,7 @@ from pydantic_settings import BaseSettings, SettingsConfigDict
 import deepspeed_configs
 from tasks.errors import SettingsError
 from tasks.machine import Machine, Progress, TrainingSettings, quiet
+from tasks.training.deepspeed import load_deepspeed_config
 
 ENV_PREFIX = "SEQMILL_"
 
@@ -51,7 +52,8 @@ class Settings(BaseSettings):
         raise SettingsError(f"deepspeed: no preset and no file {self.deepspeed!r}; presets are {names}")
 
     def machine(self, progress: Progress = quiet) -> Machine:
-        """What the build functions are given of this machine."""
+        """What the build functions are given of this machine. Raises SettingsError for a DeepSpeed file that cannot be used."""
+        load_deepspeed_config(self.deepspeed_path)
         endpoints = {"huggingface": self.huggingface_endpoint, "modelscope": self.modelscope_endpoint}
         return Machine(
             num_workers=self.num_workers or num_cores(),

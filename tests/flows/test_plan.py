@@ -2,13 +2,13 @@ from pathlib import Path
 
 import pytest
 
+from flows.checks import check_ranks, check_space, num_parameters
 from flows.dag import ending_with, nodes_of
 from flows.plan import differences, plan
 from flows.recipe import load_recipe
 from flows.settings import free_bytes
-from flows.space import check_space, num_parameters
-from tasks.errors import DiskSpaceError
-from tasks.machine import Machine
+from tasks.errors import DiskSpaceError, SettingsError
+from tasks.machine import Machine, TrainingSettings
 from tasks.store import ArtifactStore
 
 TEXT = '{"text": "山高月小，水落石出。"}\n' * 40 + '{"text": "大江东去。"}\n' * 40
@@ -90,3 +90,10 @@ def test_too_little_disk_is_said_before_anything_starts(here: Path, tmp_path: Pa
 def test_the_parameters_of_qwen2_5_are_counted_from_its_config() -> None:
     # 1,543,714,304 as published, biases and norms included.
     assert num_parameters(load_recipe("seq-monkey-qwen2.5-1.5b")) == pytest.approx(1_543_714_304, rel=0.001)
+
+
+def test_ranks_that_do_not_divide_the_global_batch_are_said_before_anything_starts(here: Path) -> None:
+    nodes = nodes_of(load_recipe(str(here)))
+    check_ranks(nodes, Machine(training=TrainingSettings(num_ranks=2)))
+    with pytest.raises(SettingsError, match="3 ranks do not divide the recipe's global_batch_size 2"):
+        check_ranks(nodes, Machine(training=TrainingSettings(num_ranks=3)))

@@ -1,4 +1,4 @@
-"""How much room a run needs on disk, told before it starts.
+"""What can be known to fail before anything runs: ranks that do not divide a batch, too little disk.
 
 Factors over the archive's bytes, measured on Chinese text packed by bzip2 (README, "Figures"): an archive byte is about
 4.5 bytes of text; text in Parquet zstd takes about as much as the archive; a token stands for 3.3 bytes of text or more
@@ -18,10 +18,19 @@ from tasks.corpus.sources import resolve
 from tasks.errors import DiskSpaceError
 from tasks.machine import Machine
 from tasks.store import ArtifactStore, Spec
+from tasks.training.optimization import OptimizationSpec
+from tasks.training.plan import derive_batch
 
 PER_ARCHIVE_BYTE = {"archive": 1.0, "documents": 1.2, "tokens": 5.5, "blocks": 5.5, "examples": 12.0}
 # Weights in bf16 and, for two checkpoints, weights, fp32 weights and two Adam moments.
 BYTES_PER_PARAMETER = {"pretrained": 2 + 2 * 14, "finetuned": 2 + 2 * 14, "adapter": 2}
+
+
+def check_ranks(nodes: Iterable[Node], machine: Machine) -> None:
+    """Raise SettingsError where this machine's ranks and a global batch do not go together."""
+    for node in nodes:
+        if isinstance(node.spec, OptimizationSpec):
+            derive_batch(node.spec.global_batch_size, machine.training, row_logits=1)
 
 
 def check_space(recipe: Recipe, steps: Iterable[Step], store: ArtifactStore, machine: Machine) -> int:
