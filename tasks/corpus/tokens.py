@@ -6,6 +6,7 @@ Writes  tokens-shard     tokens.arrow       TOKENS: input_ids, every row closed 
 """
 
 from collections.abc import Callable, Iterator, Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +18,11 @@ from pydantic import Field
 
 from tasks.corpus.encoder import Encoded, MismatchError, encoder_for, one_core
 from tasks.corpus.shards import ShardWork, build_shards, load_shard
-from tasks.corpus.tokenizer import TOKENIZER_JSON, read_vocabulary
+from tasks.corpus.tokenizer import TOKENIZER_JSON, Vocabulary, read_vocabulary
 from tasks.errors import CorpusError
 from tasks.machine import Machine
 from tasks.schemas import DOCUMENTS, SPLITS, TOKENS
-from tasks.store import Artifact, ArtifactStore, Built, ShardEntry, Spec, Work, shard_entry, stage
+from tasks.store import Artifact, ArtifactStore, Built, Digest, ShardEntry, Spec, Work, shard_entry, stage
 
 # One call of the encoder, and one record batch: enough work for every core, and the reference's memory (about 150 bytes a token)
 # stays under 200 MB. Another number gives the same rows in other batches, and so other bytes: raise the revision with it.
@@ -41,7 +42,7 @@ class TokensSpec(Spec):
 @stage("tokens", revision=1)
 def build_tokens(work: Work, spec: TokensSpec, documents: Artifact, tokenizer: Artifact) -> Built:
     """Tokenize every documents shard in the process pool."""
-    vocabulary = read_vocabulary(tokenizer.file(TOKENIZER_JSON))
+    vocabulary = vocabulary_of(tokenizer.file(TOKENIZER_JSON), tokenizer.content)
     end_id = vocabulary.ids.get(spec.end_of_document)
     if end_id is None:
         raise CorpusError(
@@ -87,7 +88,7 @@ def tokenize_in_pool(item: ShardWork) -> Artifact:
 def build_tokens_shard(work: Work, spec: TokensSpec, documents: Artifact, tokenizer: Artifact) -> Built:
     """Tokenize one documents shard, by the reference where the fast encoder is found to differ."""
     path = tokenizer.file(TOKENIZER_JSON)
-    encoder, end_id = encoder_for(path, tokenizer.content), read_vocabulary(path).ids[spec.end_of_document]
+    encoder, end_id = encoder_for(path, tokenizer.content), vocabulary_of(path, tokenizer.content).ids[spec.end_of_document]
     source, target = documents.file("documents.parquet"), work.folder / "tokens.arrow"
     try:
         num_tokens = tokenize_shard(source, target, encoder.encode, end_id)
@@ -98,6 +99,12 @@ def build_tokens_shard(work: Work, spec: TokensSpec, documents: Artifact, tokeni
         stats={**counts, "num_tokens": num_tokens},
         produced_by={"encoder": encoder.path, **({"encoder_note": encoder.note} if encoder.note else {})},
     )
+
+
+@lru_cache(maxsize=2)
+def vocabulary_of(path: Path, digest: Digest) -> Vocabulary:
+    """The tokens of a tokenizer.json, read once a process; ``digest`` keeps apart what may lie at one path."""
+    return read_vocabulary(path)
 
 
 def tokenize_shard(source: Path, target: Path, encode: EncodeBatch, end_id: int) -> int:
