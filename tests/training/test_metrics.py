@@ -1,0 +1,54 @@
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tasks.training.metrics import MetricsFile, bits_per_byte, final_loss, follow, read_metrics, tokens_per_second
+
+
+def row(step: int, loss: float, num_steps: int = 5) -> dict[str, Any]:
+    return {"step": step, "loss": loss, "num_steps": num_steps, "tokens_per_second": step * 10.0}
+
+
+def test_a_resumed_run_forgets_what_came_after_its_checkpoint(tmp_path: Path) -> None:
+    first = MetricsFile(tmp_path / "metrics.jsonl", step=0)
+    for step in (5, 10, 15):
+        first.append(row(step, 1.0))
+    with (tmp_path / "metrics.jsonl").open("ab") as file:
+        file.write(b'{"step": 20, "lo')
+    resumed = MetricsFile(tmp_path / "metrics.jsonl", step=10)
+    assert [each["step"] for each in resumed.rows] == [5, 10]
+    assert read_metrics(tmp_path / "metrics.jsonl") == resumed.rows
+
+
+def test_a_run_from_the_start_forgets_everything(tmp_path: Path) -> None:
+    MetricsFile(tmp_path / "metrics.jsonl", step=0).append({"step": 0, "validation_loss": 4.0})
+    assert MetricsFile(tmp_path / "metrics.jsonl", step=0).rows == []
+
+
+def test_the_train_loss_is_the_mean_over_the_last_tenth_of_the_steps() -> None:
+    rows = [row(80, 9.0), row(95, 2.0, num_steps=3), row(100, 3.0, num_steps=1), {"step": 100, "validation_loss": 7.0}]
+    assert final_loss(rows, num_steps=100) == pytest.approx((2.0 * 3 + 3.0) / 4)
+    assert final_loss([row(5, 9.0)], num_steps=100) == 9.0
+    assert final_loss([], num_steps=100) is None
+
+
+def test_the_rate_is_the_median_of_the_reports() -> None:
+    assert tokens_per_second([row(1, 0), row(2, 0), row(9, 0)]) == 20.0
+    assert tokens_per_second([{"step": 0, "validation_loss": 1.0}]) is None
+
+
+def test_bits_per_byte_of_one_bit_a_token_and_four_bytes_a_token() -> None:
+    assert bits_per_byte(0.6931471805599453, num_tokens=100, num_bytes=400) == pytest.approx(0.25)
+
+
+def test_the_progress_bar_moves_by_steps_from_where_the_run_resumed(tmp_path: Path) -> None:
+    metrics = MetricsFile(tmp_path / "metrics.jsonl", step=0)
+    metrics.append(row(10, 1.0))
+    moved: list[int] = []
+    told: list[dict[str, Any]] = []
+    hear = follow(metrics, "pretrained", moved.append, told.append)
+    hear({"step": 15, "loss": 1.0})
+    hear({"step": 15, "validation_loss": 1.0})
+    assert moved == [10, 5, 0]
+    assert told[0] == {"kind": "pretrained", "step": 15, "loss": 1.0}
