@@ -28,6 +28,9 @@ T = TypeVar("T")
 # Seconds between tries that bring no new byte; a try that brings some starts the row again. Two minutes in all.
 RETRY_WAITS_SECONDS: tuple[float, ...] = (1, 2, 4, 8, 15, 30, 60)
 
+# Of these, the first few for a question about a file: a plan is not to wait for minutes on a machine without a network.
+NUM_ASK_WAITS = 3
+
 # A server that says nothing for a minute has forgotten us.
 TIMEOUT = httpx.Timeout(60, connect=20)
 
@@ -119,10 +122,10 @@ class _DroppedError(Exception):
 def ask(url: str) -> Remote:
     """Ask a server for a file's validator and size. Raises SourceError where it cannot be had."""
     try:
-        return _retried(url, lambda: _ask_once(url), lambda: 0, time.sleep)
+        return _retried(url, lambda: _ask_once(url), lambda: 0, time.sleep, RETRY_WAITS_SECONDS[:NUM_ASK_WAITS])
     except _DroppedError as dropped:
         raise SourceError(
-            f"{url}: {dropped}, {len(RETRY_WAITS_SECONDS) + 1} tries in a row; "
+            f"{url}: {dropped}, {NUM_ASK_WAITS + 1} tries in a row; "
             "run again later, or state the file's sha256 in the recipe: then an archive in the store needs no server"
         ) from dropped
 
@@ -139,7 +142,7 @@ def fetch(url: str, folder: Path, progress: Progress, sleep: Callable[[float], N
         log.info("%s: going on at byte %d of %s", url, partial.size, partial.total)
     if not partial.is_whole:
         try:
-            _retried(url, lambda: _fetch_once(url, partial, progress), lambda: partial.size, sleep)
+            _retried(url, lambda: _fetch_once(url, partial, progress), lambda: partial.size, sleep, RETRY_WAITS_SECONDS)
         except _DroppedError as dropped:
             raise SourceError(
                 f"{url}: {dropped}, {len(RETRY_WAITS_SECONDS) + 1} tries in a row; "
@@ -163,16 +166,22 @@ def check_room(folder: Path, num_bytes: int, what: str) -> None:
         )
 
 
-def _retried(url: str, attempt: Callable[[], T], num_bytes: Callable[[], int], sleep: Callable[[float], None]) -> T:
+def _retried(
+    url: str,
+    attempt: Callable[[], T],
+    num_bytes: Callable[[], int],
+    sleep: Callable[[float], None],
+    waits_seconds: tuple[float, ...],
+) -> T:
     """Try until it succeeds. Raises the last _DroppedError when a row of tries has brought no new byte."""
-    waits = iter(RETRY_WAITS_SECONDS)
+    waits = iter(waits_seconds)
     while True:
         before = num_bytes()
         try:
             return attempt()
         except _DroppedError as dropped:
             if num_bytes() > before:
-                waits = iter(RETRY_WAITS_SECONDS)
+                waits = iter(waits_seconds)
             wait = next(waits, None)
             if wait is None:
                 raise
