@@ -200,9 +200,16 @@ def save(trainer: SteppedTrainer, plan: dict[str, Any]) -> None:
 def gathered_weights(trainer: SteppedTrainer) -> dict[str, torch.Tensor]:
     """The weights whole, on rank 0; of an adapter under ZeRO-3 only those that were trained."""
     engine = trainer.model_wrapped
-    if trainer.frozen and zero_stage(trainer.plan["deepspeed"]) == 3:
-        return engine._zero3_consolidated_16bit_state_dict(exclude_frozen_parameters=True) or {}
-    return trainer.accelerator.get_state_dict(engine) or {}
+    if zero_stage(trainer.plan["deepspeed"]) == 3:
+        return engine._zero3_consolidated_16bit_state_dict(exclude_frozen_parameters=bool(trainer.frozen)) or {}
+    # Cloned out of DeepSpeed's flat buffers, each once: a shared embedding has two names and one place in the file.
+    model, first = trainer.accelerator.unwrap_model(engine), dict[int, str]()
+    left_out = {name for name, weight in model.named_parameters() if trainer.frozen and not weight.requires_grad}
+    return {
+        name: tensor.clone()
+        for name, tensor in model.state_dict().items()
+        if name not in left_out and first.setdefault(tensor.data_ptr(), name) == name
+    }
 
 
 if __name__ == "__main__":
