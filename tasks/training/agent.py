@@ -28,6 +28,7 @@ def main() -> None:
     for name, value in DEFAULTS.items():
         os.environ.setdefault(name, value)
     os.environ["OMP_NUM_THREADS"] = threads
+    os.environ["SEQMILL_AGENT"] = str(os.getpid())
     if not module.startswith(("torch.", "deepspeed.")):
         os.environ.update(only_rank())
     sys.argv = [module, *arguments]
@@ -36,11 +37,15 @@ def main() -> None:
 
 def only_rank() -> dict[str, str]:
     """What torchrun would tell a rank that is alone."""
+    ranks = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1"}
+    return {**ranks, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+
+
+def free_port() -> int:
+    """A port that nothing listens on now."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    ranks = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1"}
-    return {**ranks, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+        return int(free.getsockname()[1])
 
 
 if __name__ == "__main__":

@@ -20,6 +20,7 @@ import orjson
 from tasks import errors
 from tasks.errors import SeqmillError, WorkerError
 from tasks.machine import TrainingSettings
+from tasks.training.agent import free_port
 from tasks.training.lines import FAILURE_PREFIX, METRICS_PREFIX, level_of
 
 log = logging.getLogger(__name__)
@@ -67,11 +68,12 @@ def run_worker(
 
 def launcher_command(module: str, plan_path: Path, num_ranks: int, settings: TrainingSettings) -> list[str]:
     """What to run, as `python -m` takes it: the launcher, its options, the worker and its plan."""
-    if settings.launcher == "deepspeed":
-        hosts = ["--hostfile", str(settings.hostfile)] if settings.hostfile else ["--num_accelerators", str(num_ranks)]
-        return ["deepspeed.launcher.runner", *hosts, "--no_local_rank", "--module", module, str(plan_path)]
     if num_ranks == 1:
         return [module, str(plan_path)]  # no launcher: it would import torch for nothing, 2 s
+    if settings.launcher == "deepspeed":
+        hosts = ["--hostfile", str(settings.hostfile)] if settings.hostfile else ["--num_accelerators", str(num_ranks)]
+        port = ["--master_port", str(free_port())]  # its default is the same for every run on a host
+        return ["deepspeed.launcher.runner", *hosts, *port, "--no_local_rank", "--module", module, str(plan_path)]
     return ["torch.distributed.run", "--standalone", "--nproc-per-node", str(num_ranks), "-m", module, str(plan_path)]
 
 

@@ -6,7 +6,9 @@ A worker module ends with ``if __name__ == "__main__": run_rank(work)``.
 import json
 import logging
 import os
+import select
 import sys
+import threading
 import traceback
 from collections.abc import Callable
 from pathlib import Path
@@ -28,6 +30,26 @@ def num_ranks() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
+def die_with_agent() -> None:
+    """End this process when tasks.training.agent dies, whose pid the environment holds on the agent's own host.
+
+    Under torchrun the agent is the parent; DeepSpeed's launcher puts a process between, which outlives the agent.
+    """
+    agent = os.environ.get("SEQMILL_AGENT")
+    if agent is None or not hasattr(os, "pidfd_open"):
+        return
+    try:
+        alive = os.pidfd_open(int(agent))
+    except ProcessLookupError:
+        os._exit(1)
+
+    def watch() -> None:
+        select.select([alive], [], [])  # readable once the process has ended
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
 def speak(line: str) -> None:
     """Write one whole line to the launcher: one call, so that two ranks' lines never mix (below 4,096 bytes)."""
     sys.stdout.flush()
@@ -42,6 +64,7 @@ def report_metrics(metrics: dict[str, Any]) -> None:
 def run_rank(work: Callable[[dict[str, Any]], None]) -> None:
     """Call ``work`` with the plan, the JSON file named by the last argument; on failure say so and exit with 1."""
     die_with_parent(os.getppid())
+    die_with_agent()
     # Rank 0 speaks; what goes wrong is said by all.
     logging.basicConfig(level=logging.INFO if rank() == 0 else logging.WARNING, format="%(levelname)s:%(name)s: %(message)s")
     try:

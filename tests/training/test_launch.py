@@ -127,10 +127,30 @@ def test_more_ranks_than_one_start_through_torchrun() -> None:
 def test_the_deepspeed_launcher_is_given_the_hostfile() -> None:
     settings = TrainingSettings(launcher="deepspeed", hostfile=Path("hosts"))
     command = launcher_command("tasks.training.worker", Path("plan.json"), 4, settings)
-    assert command == [
-        *("deepspeed.launcher.runner", "--hostfile", "hosts", "--no_local_rank"),
-        *("--module", "tasks.training.worker", "plan.json"),
+    assert command[:4] == ["deepspeed.launcher.runner", "--hostfile", "hosts", "--master_port"]
+    assert command[5:] == ["--no_local_rank", "--module", "tasks.training.worker", "plan.json"]
+
+
+@pytest.mark.parametrize("launcher", ["torchrun", "deepspeed"])
+def test_one_rank_needs_no_launcher_and_stays_on_this_host(launcher: Any) -> None:
+    settings = TrainingSettings(launcher=launcher, hostfile=Path("hosts"))
+    assert launcher_command("tasks.training.evaluator", Path("plan.json"), 1, settings) == [
+        "tasks.training.evaluator",
+        "plan.json",
     ]
+
+
+def test_a_rank_dies_with_an_agent_that_is_not_its_parent(tmp_path: Path, launch: Any) -> None:
+    (tmp_path / "plan.json").write_text('{"do": "wait"}')
+    agent = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
+    environment = {**os.environ, "SEQMILL_AGENT": str(agent.pid)}
+    command = [sys.executable, "-m", "fake_worker", str(tmp_path / "plan.json")]
+    with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE) as rank:
+        assert rank.stdout
+        assert rank.stdout.readline().startswith(b"@metrics ")
+        agent.kill()
+        agent.communicate()
+        assert rank.wait(20) == 1
 
 
 @pytest.mark.parametrize(
