@@ -1,6 +1,6 @@
-"""The evaluator process: one model, asked what a plan says; `python -m tasks.training.evaluator PLAN.json`.
+"""One model, asked what a plan says: its loss on blocks, its answers to held-out conversations, its samples.
 
-Reads   PLAN.json     an EvaluatorPlan
+Reads   a model folder, a PEFT folder, BLOCKS, HELD_OUT
 Writes  result.json   {"validation": {"loss", "num_blocks", "num_tokens"} | None,
                        "held_out": [{"prompt", "response", "answer"}...] | None,
                        "samples": [{"prompt", "is_chat", "text"}...], "seconds"}
@@ -23,7 +23,7 @@ from tasks.errors import CorpusError
 from tasks.store import write_atomically
 from tasks.training.evaluation import EvaluatorPlan, read_blocks, read_held_out
 from tasks.training.generate import LanguageModel, continue_text, greedy_answers, load_language_model
-from tasks.training.rank import report_metrics, run_rank
+from tasks.training.rank import report_metrics
 
 log = logging.getLogger(__name__)
 
@@ -125,7 +125,3 @@ def _check_vocabulary(input_ids: torch.Tensor, vocab_size: int) -> None:
         raise CorpusError(
             f"blocks: token id {largest}, the model's vocabulary has {vocab_size}; evaluate it on its own tokenizer's blocks"
         )
-
-
-if __name__ == "__main__":
-    run_rank(lambda plan: evaluate(EvaluatorPlan(**plan)))

@@ -64,7 +64,9 @@ def load_language_model(model_dir: Path, adapter_dir: Path | None = None, dtype:
     Raises CorpusError where a folder is not such a model.
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers.utils.logging import disable_progress_bar
 
+    disable_progress_bar()  # of loading weights: seconds, on the stream that the text goes to
     has_own_tokenizer = adapter_dir is not None and (adapter_dir / "tokenizer.json").exists()
     try:
         tokenizer = AutoTokenizer.from_pretrained(adapter_dir if has_own_tokenizer else model_dir, local_files_only=True)
