@@ -136,6 +136,22 @@ def test_a_recipe_of_the_corpus_alone_has_its_sections_alone(tmp_path: Path) -> 
     assert "<h1>Training report</h1>" in html
 
 
+def test_a_model_alone_has_a_report(tmp_path: Path) -> None:
+    store = ArtifactStore(tmp_path)
+    model = fake(store, "pretrained", FakeSpec(stats={"num_parameters": 10, "num_steps": 2}))
+    report = build_report(store, Machine(), ReportSpec(), pretrained=model)
+    assert headings(report.file("report.html").read_text(encoding="utf-8")) == ["Pretraining", "Where it comes from"]
+
+
+def test_documents_without_a_bad_line_have_no_quarantine(tmp_path: Path, artifacts: dict[str, Artifact]) -> None:
+    store = ArtifactStore(tmp_path)
+    clean = fake(store, "documents", FakeSpec(stats=artifacts["documents"].stats))
+    report = build_report(store, Machine(), ReportSpec(), documents=clean)
+    html = report.file("report.html").read_text(encoding="utf-8")
+    assert headings(html) == ["Corpus", "Where it comes from"]
+    assert "Quarantined lines" not in html
+
+
 def test_a_recipe_without_held_out_conversations_has_no_accuracy_plot(tmp_path: Path) -> None:
     store = ArtifactStore(tmp_path)
     model = fake(store, "pretrained", FakeSpec(stats={"num_parameters": 10, "num_steps": 2}))

@@ -12,8 +12,8 @@ from tasks.errors import CorpusError
 from tasks.machine import Machine
 from tasks.schemas import HELD_OUT, blocks_schema
 from tasks.store import Artifact, ArtifactStore, Built, Spec, Work, shard_entry, stage
-from tasks.training.evaluation import EvaluationSpec, build_evaluation
 from tasks.training.evaluate import blocks_per_batch, validate
+from tasks.training.evaluation import EvaluationSpec, build_evaluation
 from tasks.training.generate import load_language_model
 from tests.training.tiny import VOCAB_SIZE, save_tiny_adapter, save_tiny_model
 
