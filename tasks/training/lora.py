@@ -18,7 +18,7 @@ from tasks.store import write_atomically
 ADAPTABLE = (nn.Linear, nn.Embedding)
 
 
-def add_lora(model: Any, lora: dict[str, Any], where: str) -> Any:
+def add_lora(model: Any, lora: dict[str, Any], where: str, gradient_checkpointing: bool = False) -> Any:
     """The model with LoRA layers on the named modules, all else frozen.
 
     Raises RecipeError for a name that no linear or embedding module bears.
@@ -40,7 +40,8 @@ def add_lora(model: Any, lora: dict[str, Any], where: str) -> Any:
     )
     # autocast_adapter_dtype: DeepSpeed decides the number format of computation, and keeps its own fp32 copy.
     adapted = get_peft_model(model, config, autocast_adapter_dtype=False)
-    adapted.enable_input_require_grads()  # gradient checkpointing passes nothing back through a frozen embedding otherwise
+    if gradient_checkpointing:
+        adapted.enable_input_require_grads()  # it passes nothing back through a frozen embedding otherwise
     return adapted
 
 

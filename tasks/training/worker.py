@@ -13,18 +13,16 @@ from typing import Any
 import orjson
 import torch
 import transformers
-from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedModel, TrainingArguments
-from transformers.integrations.deepspeed import set_hf_deepspeed_config, unset_hf_deepspeed_config
+from transformers import TrainingArguments
 
-from tasks.errors import RecipeError
 from tasks.store import write_atomically
 from tasks.training.checkpoints import step_of
 from tasks.training.datasets import open_rows
 from tasks.training.deepspeed import zero_stage
-from tasks.training.model import check_fits
 from tasks.training.order import Share
 from tasks.training.rank import num_ranks, rank, run_rank
-from tasks.training.trainer import SteppedTrainer, barrier
+from tasks.training.trainer import SteppedTrainer
+from tasks.training.weights import prepared_model
 
 log = logging.getLogger(__name__)
 
@@ -105,70 +103,6 @@ def join_ranks() -> None:
     import deepspeed
 
     deepspeed.init_distributed(dist_backend="nccl" if torch.cuda.is_available() else "gloo", verbose=False)
-
-
-def prepared_model(plan: dict[str, Any]) -> Any:
-    """The model that the plan starts from, with LoRA layers where it says so; the same on every rank."""
-    seed = plan["optimization"]["seed"]
-    torch.manual_seed(seed)
-    if plan["model"]["config"] and zero_stage(plan["deepspeed"]) == 3:
-        model = loaded_model(plan, whole_new_model(plan))
-    elif plan["model"]["config"]:
-        model = new_model(plan["model"])
-    else:
-        model = loaded_model(plan, plan["model"]["folder"])
-    check_fits(model.config.to_dict(), plan["block_size"], plan["vocab_size"], plan["label"])
-    model.generation_config = GenerationConfig(**plan["generation"])
-    if plan["lora"]:
-        from tasks.training.lora import add_lora
-
-        return add_lora(model, plan["lora"], plan["label"])
-    return model
-
-
-def new_model(model: dict[str, Any]) -> PreTrainedModel:
-    """A model with random weights, in fp32."""
-    fields = dict(model["config"])
-    try:
-        config = AutoConfig.for_model(fields.pop("model_type"), **fields)
-        return AutoModelForCausalLM.from_config(config, attn_implementation=model["attention"], dtype=torch.float32)
-    except (ValueError, TypeError, KeyError) as error:
-        raise RecipeError(f"pretrained.model.config: {' '.join(str(error).split())}") from error
-
-
-def whole_new_model(plan: dict[str, Any]) -> str:
-    """The folder where rank 0 has saved a new model made in one piece.
-
-    Made in pieces its random numbers would be others, and no artifact may depend on the ZeRO stage.
-    """
-    folder = str(Path(plan["result_path"]).with_name("initial"))
-    if rank() == 0:
-        pieces = deepspeed_settings()
-        unset_hf_deepspeed_config()
-        new_model(plan["model"]).save_pretrained(folder)
-        set_hf_deepspeed_config(pieces)
-    barrier()
-    return folder
-
-
-def deepspeed_settings() -> Any:
-    """What Transformers looks at to see that models are built in pieces."""
-    found = transformers.integrations.deepspeed._hf_deepspeed_config_weak_ref
-    assert found is not None
-    return found()
-
-
-def loaded_model(plan: dict[str, Any], folder: str) -> PreTrainedModel:
-    """A model with the weights of a folder."""
-    precision = plan["optimization"]["precision"]
-    return AutoModelForCausalLM.from_pretrained(
-        folder,
-        attn_implementation=plan["model"]["attention"],
-        dtype=torch.bfloat16 if precision == "bf16" else torch.float32,
-        use_safetensors=True,
-        local_files_only=True,
-        trust_remote_code=False,
-    )
 
 
 def save(trainer: SteppedTrainer, plan: dict[str, Any]) -> None:

@@ -1,0 +1,47 @@
+from typing import Any
+
+import pytest
+
+from tasks.errors import RecipeError
+from tasks.training.weights import checked_config, new_model
+from tests.training.small_inputs import QWEN
+
+
+def refused(fields: dict[str, Any]) -> str:
+    with pytest.raises(RecipeError) as caught:
+        new_model({"config": fields, "attention": "sdpa"})
+    return str(caught.value)
+
+
+def test_a_misspelled_field_is_refused_with_those_there_are() -> None:
+    message = refused({**QWEN, "hiden_size": 32})
+    assert message.startswith("pretrained.model.config: qwen2 has no field hiden_size; it has ")
+    assert "hidden_size" in message
+
+
+def test_a_field_of_the_wrong_type_is_refused() -> None:
+    assert "'hidden_size' expected int, got str" in refused({**QWEN, "hidden_size": "wide"})
+
+
+def test_an_unknown_model_type_is_refused() -> None:
+    assert refused({**QWEN, "model_type": "qwen99"}).startswith("pretrained.model.config: 'qwen99'; change the config")
+
+
+def test_heads_that_do_not_share_the_width_are_refused() -> None:
+    assert refused({**QWEN, "model_type": "gpt_neox", "num_key_value_heads": 2})
+
+
+def test_published_spellings_are_understood() -> None:
+    config = checked_config({**QWEN, "rope_theta": 1e6, "torch_dtype": "bfloat16", "architectures": ["Qwen2ForCausalLM"]})
+    assert config.rope_parameters["rope_theta"] == 1e6
+
+
+def test_a_new_model_is_the_same_for_the_same_seed() -> None:
+    import torch
+
+    def first_weight(seed: int) -> Any:
+        torch.manual_seed(seed)
+        return next(new_model({"config": QWEN, "attention": "sdpa"}).parameters())
+
+    assert torch.equal(first_weight(1), first_weight(1))
+    assert not torch.equal(first_weight(1), first_weight(2))
