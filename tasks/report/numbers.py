@@ -6,7 +6,7 @@ KILO = 1000
 def count(number: float) -> str:
     """1.23 M; whole below 10,000."""
     if abs(number) < 10_000:
-        return f"{number:,.0f}" if number == int(number) else f"{number:.3g}"
+        return f"{number:,.0f}" if number == int(number) or abs(number) >= KILO else f"{number:.3g}"
     return _scaled(number, ("", " k", " M", " B", " T"))
 
 

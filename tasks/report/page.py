@@ -20,6 +20,7 @@ from tasks.report.tables import Artifacts, Table
 
 MODELS = ("pretrained", "finetuned", "adapter")
 LISTED_WRONG = 6
+PLOTTED_SHARDS = 4  # fewer are seen at a glance in their table
 PROMPT_CHARACTERS = 240
 USER_TURN = re.compile(r"<\|im_start\|>user\n(.*?)<\|im_end\|>", re.DOTALL)
 MARKER = re.compile(r"<\|[^|<>]*\|>")
@@ -178,7 +179,7 @@ def corpus_plots(artifacts: Artifacts) -> Iterator[Plot]:
     if histogram := documents.stats.get("length_histogram"):
         yield lengths_plot(histogram)
     sizes = {split: [entry.stats["num_bytes"] for entry in documents.shards(split)] for split in ("train", "validation")}
-    if any(sizes.values()):
+    if sum(map(len, sizes.values())) >= PLOTTED_SHARDS:
         yield shards_plot(sizes["train"], sizes["validation"])
 
 

@@ -7,7 +7,16 @@ from tasks.report.numbers import count, duration, percent, share, size, whole
 
 @pytest.mark.parametrize(
     ("number", "text"),
-    [(0, "0"), (12, "12"), (9_999, "9,999"), (0.25, "0.25"), (12_345, "12.3 k"), (999_999, "1.00 M"), (1_234_567, "1.23 M")],
+    [
+        (0, "0"),
+        (12, "12"),
+        (9_999, "9,999"),
+        (0.25, "0.25"),
+        (2060.4, "2,060"),
+        (12_345, "12.3 k"),
+        (999_999, "1.00 M"),
+        (1_234_567, "1.23 M"),
+    ],
 )
 def test_counts_have_three_digits_and_a_unit(number: float, text: str) -> None:
     assert count(number) == text
