@@ -7,6 +7,7 @@ Writes  report.html   one self-contained page: no request, plots inside, light a
         *.png         the plots
 """
 
+from base64 import b64encode
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from tasks.report.tables import Table
 from tasks.store import Artifact, Built, Spec, Work, stage
 
 TEMPLATES = Path(__file__).parent
+MAIN_PLOTS = ("pretrained-loss.png", "accuracy.png")
 
 
 class ReportSpec(Spec):
@@ -99,6 +101,14 @@ def records(page: Page) -> dict[str, list[dict[str, str]]]:
     """The tables that a page has, by name, as Prefect takes a table."""
     named: Mapping[str, Table | None] = {"stages": page.stages, **page.corpus, "accuracy": page.accuracy}
     return {name: table.records() for name, table in named.items() if table}
+
+
+def prefect_markdown(report: Artifact) -> str:
+    """The short version of a finished report with its main plots inside, as Prefect's UI shows them."""
+    text = report.file("report.md").read_text(encoding="utf-8")
+    plots = [name for name in MAIN_PLOTS if report.has_file(name)]
+    images = [f"![{name}](data:image/png;base64,{b64encode(report.file(name).read_bytes()).decode()})" for name in plots]
+    return "\n\n".join([text, *images])
 
 
 def prefect_tables(report: Artifact) -> dict[str, list[dict[str, Any]]]:

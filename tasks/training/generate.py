@@ -10,6 +10,7 @@ Shape suffixes: B rows of a batch, T positions, V vocabulary.
 """
 
 import logging
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -74,14 +75,20 @@ def load_language_model(model_dir: Path, adapter_dir: Path | None = None, dtype:
             model_dir, local_files_only=True, use_safetensors=True, dtype=getattr(torch, dtype)
         )
         if adapter_dir is not None:
-            from peft import PeftModel
-
-            model = PeftModel.from_pretrained(model, str(adapter_dir), local_files_only=True)
+            model = _with_adapter(model, adapter_dir)
     except (OSError, ValueError) as error:
         where = model_dir if adapter_dir is None else f"{model_dir} with {adapter_dir}"
         raise CorpusError(f"{where}: not a model that can be loaded ({_first_line(error)}); name a model folder") from error
     model.eval().to("cuda" if torch.cuda.is_available() else "cpu")
     return LanguageModel(model, tokenizer, _stop_ids(model, tokenizer), getattr(model.config, "max_position_embeddings", None))
+
+
+def _with_adapter(model: Any, adapter_dir: Path) -> Any:
+    from peft import PeftModel
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # all of them about training and merging, which nobody does here
+        return PeftModel.from_pretrained(model, str(adapter_dir), local_files_only=True)
 
 
 def generate(
@@ -100,6 +107,7 @@ def generate(
     temperature: 0 takes the likeliest token every time. chat: the prompt is a user's turn.
     Raises RecipeError where the prompt, or a number given, cannot be used.
     """
+    _check_sampling(max_new_tokens, temperature, top_p)  # before the seconds that loading takes
     loaded = load_language_model(model_dir, adapter_dir)
     yield from continue_text(
         loaded, prompt, max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, seed=seed, chat=chat

@@ -9,7 +9,7 @@ import pytest
 
 from tasks.machine import Machine
 from tasks.report.page import Page, page_of, readable
-from tasks.report.report import ReportSpec, build_report, markdown_cell, prefect_tables
+from tasks.report.report import ReportSpec, build_report, markdown_cell, prefect_markdown, prefect_tables
 from tasks.store import Artifact, ArtifactStore
 from tests.report.artifacts import FakeSpec, corpus_artifacts, evaluation, every_artifact, fake
 
@@ -113,6 +113,12 @@ def test_prefect_gets_the_tables_by_keys_that_it_takes(report: Artifact) -> None
     assert {"stages", "splits", "lines", "packing", "shards", "accuracy"} <= set(tables)
     assert all(re.fullmatch(r"[a-z0-9-]+", name) for name in tables)
     assert tables["stages"][1]["Made from"] == "archive"
+
+
+def test_prefect_gets_the_main_plots_inside_the_text(report: Artifact) -> None:
+    text = prefect_markdown(report)
+    assert text.startswith("# Reviews &amp; news")
+    assert re.findall(r"!\[(.*?)\]\(data:image/png;base64,iVBOR", text) == ["pretrained-loss.png", "accuracy.png"]
 
 
 def test_the_plots_are_files_too(report: Artifact) -> None:
