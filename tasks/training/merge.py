@@ -4,7 +4,6 @@ Reads   a Hugging Face model folder, a PEFT folder
 Writes  config.json, generation_config.json, model.safetensors
 """
 
-import logging
 from typing import Any
 
 import torch
@@ -13,8 +12,6 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 from tasks.training.rank import run_rank
-
-log = logging.getLogger(__name__)
 
 
 def merge(plan: dict[str, Any]) -> None:

@@ -3,7 +3,8 @@
 Reads   config.json, *.safetensors    of a local folder, or of a Hugging Face repository at one commit
 """
 
-import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal, Self
 
@@ -13,8 +14,6 @@ from pydantic import Field, model_validator
 from tasks.errors import RecipeError, SourceError
 from tasks.machine import Machine
 from tasks.store import ArtifactStore, Spec, digest_json, unkeyed
-
-log = logging.getLogger(__name__)
 
 # All that is read of published weights: no pickles, no code.
 WEIGHT_FILES = ("*.safetensors", "*.safetensors.index.json", "config.json", "generation_config.json")
@@ -62,13 +61,9 @@ def weight_files(folder: Path) -> list[Path]:
 def hub_commit(name: str, revision: str, machine: Machine) -> str:
     """The commit that a revision of a Hugging Face repository stands for now."""
     from huggingface_hub import HfApi
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
-    try:
+    with _hub_errors(f"{name}@{revision}"):
         commit = HfApi(endpoint=machine.endpoints.get("huggingface")).model_info(name, revision=revision).sha
-    except (HfHubHTTPError, HFValidationError, OSError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise SourceError(f"{name}@{revision}: neither a folder here nor to be had from the hub ({reason})") from error
     assert commit
     return str(commit)
 
@@ -82,7 +77,7 @@ def fetch_weights(model: ModelSpec, source: str, machine: Machine, scratch: Path
     from huggingface_hub import snapshot_download
 
     target = scratch / "weights"
-    try:
+    with _hub_errors(f"{model.weights}@{source[:12]}"):
         snapshot_download(
             model.weights,
             revision=source,
@@ -90,10 +85,19 @@ def fetch_weights(model: ModelSpec, source: str, machine: Machine, scratch: Path
             local_dir=target,
             allow_patterns=list(WEIGHT_FILES),
         )
-    except OSError as error:
-        raise SourceError(f"{model.weights}@{source[:12]}: fetch failed ({error}); run again to go on") from error
     weight_files(target)
     return target
+
+
+@contextmanager
+def _hub_errors(where: str) -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:  # the hub's HTTP library, and so what that raises, differs between releases
+        reason = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
+        raise SourceError(
+            f"{where}: neither a folder here nor to be had from the hub ({reason}); check the name, or run again to go on"
+        ) from error
 
 
 def completed_config(config: dict[str, Any], vocab_size: int, end_of_document_id: int) -> dict[str, Any]:

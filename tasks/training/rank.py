@@ -4,7 +4,6 @@ A worker module ends with ``if __name__ == "__main__": run_rank(work)``.
 """
 
 import json
-import logging
 import os
 import select
 import sys
@@ -16,8 +15,6 @@ from typing import Any
 
 from tasks.machine import die_with_parent
 from tasks.training.lines import failure_line, metrics_line
-
-log = logging.getLogger(__name__)
 
 
 def rank() -> int:

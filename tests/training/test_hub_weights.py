@@ -1,0 +1,91 @@
+"""Published weights from a hub: a server on loopback that answers as Hugging Face does, at one commit."""
+
+import hashlib
+import json
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tasks.errors import SourceError
+from tasks.machine import Machine
+from tasks.training.model import ModelSpec, fetch_weights, hub_commit
+
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+FILES = {
+    "config.json": b'{"model_type": "qwen2"}',
+    "model.safetensors": b"weights",
+    "pytorch_model.bin": b"a pickle",
+    "modeling.py": b"raise SystemExit",
+}
+MODEL = ModelSpec(weights="someone/small", weights_revision="main")
+
+
+class Hub(BaseHTTPRequestHandler):
+    """Knows one repository with one commit."""
+
+    def do_HEAD(self) -> None:
+        self.do_GET()
+
+    def do_GET(self) -> None:
+        path = self.path.split("?")[0]
+        name = path.rpartition("/")[2]
+        if path.startswith(f"/api/models/someone/small/tree/{COMMIT}"):
+            self.reply(json.dumps([entry(name) for name in FILES]).encode())
+        elif path in ("/api/models/someone/small/revision/main", f"/api/models/someone/small/revision/{COMMIT}"):
+            siblings = [{"rfilename": name} for name in FILES]
+            self.reply(json.dumps({"id": "someone/small", "sha": COMMIT, "siblings": siblings}).encode())
+        elif path == f"/someone/small/resolve/{COMMIT}/{name}" and name in FILES:
+            etag = hashlib.sha256(FILES[name]).hexdigest()
+            self.reply(FILES[name], {"ETag": f'"{etag}"', "X-Repo-Commit": COMMIT})
+        else:
+            self.reply(b"{}", {"X-Error-Code": "RepoNotFound"}, status=404)
+
+    def reply(self, body: bytes, headers: dict[str, str] | None = None, status: int = 200) -> None:
+        self.send_response(status)
+        for key, value in {"Content-Length": str(len(body)), "Content-Type": "application/json", **(headers or {})}.items():
+            self.send_header(key, value)
+        self.end_headers()
+        if self.command == "GET":
+            self.wfile.write(body)
+
+    def log_message(self, *_: Any) -> None:
+        """Say nothing."""
+
+
+def entry(name: str) -> dict[str, Any]:
+    return {"type": "file", "path": name, "size": len(FILES[name]), "oid": hashlib.sha1(FILES[name]).hexdigest()}
+
+
+@pytest.fixture
+def machine() -> Iterator[Machine]:
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
+    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
+    thread.start()
+    yield Machine(endpoints={"huggingface": f"http://127.0.0.1:{server.server_port}"})
+    server.shutdown()
+    server.server_close()
+    thread.join()
+
+
+def test_a_branch_is_keyed_by_the_commit_that_it_stands_for(machine: Machine) -> None:
+    assert hub_commit("someone/small", "main", machine) == COMMIT
+
+
+def test_weights_and_config_are_fetched_and_neither_pickles_nor_code(machine: Machine, tmp_path: Path) -> None:
+    folder = fetch_weights(MODEL, COMMIT, machine, tmp_path)
+    assert {path.name for path in folder.iterdir() if path.is_file()} == {"config.json", "model.safetensors"}
+    assert (folder / "model.safetensors").read_bytes() == b"weights"
+
+
+def test_a_name_that_the_hub_does_not_know_is_refused(machine: Machine) -> None:
+    with pytest.raises(SourceError, match="someone/gone@main: neither a folder here nor to be had from the hub"):
+        hub_commit("someone/gone", "main", machine)
+
+
+def test_a_hub_that_cannot_be_reached_is_said() -> None:
+    with pytest.raises(SourceError, match="someone/small@main: neither a folder here nor to be had from the hub"):
+        hub_commit("someone/small", "main", Machine(endpoints={"huggingface": "http://127.0.0.1:9"}))
