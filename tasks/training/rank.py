@@ -4,6 +4,7 @@ A worker module ends with ``if __name__ == "__main__": run_rank(work)``.
 """
 
 import json
+import logging
 import os
 import select
 import sys
