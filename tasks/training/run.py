@@ -61,6 +61,11 @@ class Outcome:
     validation_loss: float | None
     produced_by: dict[str, Any]
 
+    @property
+    def losses(self) -> tuple[float | None, float | None]:
+        """Training and validation."""
+        return self.train_loss, self.validation_loss
+
     def built(self, **stats: Any) -> Built:
         """For the manifest."""
         counts = {name: getattr(self, name) for name in ("num_parameters", "num_steps", "train_loss", "validation_loss")}
@@ -82,7 +87,12 @@ def train(work: Work, spec: OptimizationSpec, kind: str, rows: Rows, start: Star
     with work.machine.progress(kind, plan.num_steps, "steps") as advance:
         heard = follow(metrics, kind, advance, work.machine.on_metrics)
         run_worker(WORKER, plan_path, num_ranks=num_ranks, settings=settings, on_metrics=heard, label=kind)
-    return _outcome(plan, metrics, step)
+    outcome = _outcome(plan, metrics, step)
+    log.info(
+        "%s: %d steps on %d ranks, %s tokens/s, training loss %s, validation loss %s",
+        kind, plan.num_steps, num_ranks, outcome.produced_by["tokens_per_second"], *map(_short, outcome.losses),
+    )  # fmt: skip
+    return outcome
 
 
 def make_plan(work: Work, spec: OptimizationSpec, kind: str, rows: Rows, start: Start) -> TrainingPlan:
@@ -129,6 +139,10 @@ def count_rows(path: Path) -> int:
     """The rows of an Arrow stream, from its batches' headers."""
     with pa.memory_map(str(path)) as source:
         return sum(batch.num_rows for batch in pa.ipc.open_stream(source))
+
+
+def _short(loss: float | None) -> str:
+    return "none" if loss is None else f"{loss:.3f}"
 
 
 def _outcome(plan: TrainingPlan, metrics: MetricsFile, resumed_step: int) -> Outcome:
