@@ -134,7 +134,7 @@ def show(
     if as_json:
         _print_json({"path": str(artifact.path), **manifest})
         return
-    out.print(f"[bold]{artifact.ref}[/bold]\n{artifact.path}")
+    out.print(f"[bold]{artifact.ref}[/bold]\n{artifact.path}", soft_wrap=True)
     for section in ("identity", "stats"):
         out.print(f"\n[bold]{section}[/bold]")
         out.print_json(json.dumps(manifest[section], ensure_ascii=False))

@@ -1,6 +1,7 @@
 """What the terminal shows: progress bars with rates and time left, tables, errors in one line. Quiet when piped."""
 
 import logging
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
@@ -22,7 +23,9 @@ from rich.text import Text
 
 from tasks import machine
 
-out = Console()
+PIPED_COLUMNS = 200  # a pipe has no width; Rich would fold at 80
+
+out = Console(width=None if sys.stdout.isatty() else PIPED_COLUMNS)
 err = Console(stderr=True)
 
 

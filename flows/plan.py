@@ -45,7 +45,7 @@ def plan(nodes: Iterable[Node], store: ArtifactStore, machine: Machine) -> list[
 def _step(node: Node, inputs: Mapping[str, Step], store: ArtifactStore, machine: Machine) -> Step:
     contents = {name: step.artifact.content for name, step in inputs.items() if step.artifact}
     if waiting := [name for name in inputs if name not in contents]:
-        return Step(node, None, "unknown", f"{', '.join(waiting)} not built yet", None)
+        return Step(node, None, "unknown", f"{_listed(waiting)} not built yet", None)
     try:
         source = node.stage.source(node.spec, store, machine)
     except SeqmillError as error:
@@ -66,6 +66,8 @@ def _why(identity: dict[str, Any], store: ArtifactStore) -> str:
     candidates = [list(differences(artifact.manifest.identity, identity)) for artifact in store.artifacts(kind)]
     if not candidates:
         return f"no {kind} in the store"
+    if kind == "archive":  # a recipe has several, which have nothing to do with each other
+        return f"the store has no bytes of {_short(identity['inputs']['source'])}"
     nearest = min(reversed(candidates), key=len)
     return "; ".join(nearest) or "its manifest cannot be read"
 
@@ -79,6 +81,10 @@ def differences(before: Mapping[str, Any], after: Mapping[str, Any], where: str 
             yield from differences(old, new, f"{path}.")
         elif old != new:
             yield f"{path} {_short(old)} -> {_short(new)}"
+
+
+def _listed(names: list[str]) -> str:
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
 def _short(value: Any) -> str:
