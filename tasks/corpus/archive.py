@@ -13,7 +13,7 @@ from pathlib import Path
 
 from pydantic import field_validator
 
-from tasks.corpus.fetch import Fetched, Remote, ask, check_room, discard, fetch
+from tasks.corpus.fetch import Fetched, Remote, ask, check_room, discard, fetch, write_all
 from tasks.corpus.sources import check_url, resolve
 from tasks.errors import SourceError
 from tasks.machine import Machine
@@ -146,7 +146,7 @@ def _copy(source: Path, work: Work) -> Fetched:
         partial.open("wb", buffering=0) as writer,
     ):
         while data := reader.read(READ_BYTES):
-            writer.write(data)
+            write_all(writer, data)
             sha256.update(data)
             md5.update(data)
             size += len(data)

@@ -12,6 +12,7 @@ import shutil
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from io import RawIOBase
 from pathlib import Path
 from typing import TypeVar
 
@@ -151,6 +152,13 @@ def fetch(url: str, folder: Path, progress: Progress, sleep: Callable[[float], N
     return partial.fetched()
 
 
+def write_all(target: RawIOBase, data: bytes) -> None:
+    """Write all of ``data``: one write to a disk that is nearly full takes a part of it, without an error."""
+    left = memoryview(data)
+    while left:
+        left = left[target.write(left) or 0 :]
+
+
 def discard(folder: Path) -> None:
     """Forget what was fetched into ``folder``."""
     for name in ("partial", "partial.json"):
@@ -258,7 +266,7 @@ def _settle_start(url: str, answer: httpx.Response, partial: _Partial) -> None:
 def _take(answer: httpx.Response, partial: _Partial, advance: Advance) -> None:
     with partial.path.open("ab", buffering=0) as target, _dropped():
         for data in answer.iter_raw():
-            target.write(data)
+            write_all(target, data)
             partial.add(data)
             advance(len(data))
 

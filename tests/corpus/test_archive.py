@@ -3,6 +3,7 @@
 import hashlib
 import itertools
 import os
+import resource
 import shutil
 import subprocess
 import sys
@@ -15,7 +16,7 @@ from pydantic import ValidationError
 
 from tasks.corpus import fetch
 from tasks.corpus.archive import ArchiveSpec, build_archive
-from tasks.errors import DiskSpaceError, SourceError
+from tasks.errors import DiskSpaceError, SourceError, StoreError
 from tasks.machine import Machine
 from tasks.store import Artifact, ArtifactStore
 from tests.corpus.http_server import Loopback, Published, serving
@@ -86,6 +87,27 @@ def test_a_changed_local_file_is_another_archive(store: ArtifactStore, local: Pa
     before = get(store, local)
     local.write_bytes(OTHER)
     assert get(store, local).key != before.key
+
+
+@contextmanager
+def full_after(num_bytes: int) -> Iterator[None]:
+    """Files end at ``num_bytes``, as on a disk that is full then: a write takes what fits, the next one fails."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (num_bytes, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+@pytest.mark.parametrize("is_remote", [False, True])
+def test_a_disk_that_fills_up_in_the_last_write_leaves_no_archive(
+    store: ArtifactStore, server: Loopback, local: Path, is_remote: bool
+) -> None:
+    source = publish(server, Published(DATA)) if is_remote else local
+    with full_after(len(DATA) - 10), pytest.raises(StoreError, match="mend that and run again"):
+        get(store, source, sha256=SHA256)
+    assert bytes_of(get(store, source, sha256=SHA256)) == DATA
 
 
 def test_a_local_file_that_is_not_there_is_said(store: ArtifactStore, tmp_path: Path) -> None:
