@@ -224,13 +224,24 @@ def _read_parquet(path: Path, advance: Advance, columns: tuple[str, ...] | None)
         with pq.ParquetFile(path, buffer_size=BLOCK_BYTES) as table:
             _check_columns(path, table.schema_arrow.names, columns)
             for batch in table.iter_batches(BATCH_ROWS, columns=columns):
-                yield [Row(line, value, b"") for line, value in enumerate(batch.to_pylist(), number)]
+                yield [Row(line, value, b"") for line, value in enumerate(_values(batch), number)]
                 number += batch.num_rows
                 position = size * (number - 1) // table.metadata.num_rows
                 advance(position - told)
                 told = position
     except (pa.ArrowException, OSError) as error:
         raise CorpusError(f"{path}: not readable as Parquet after row {number - 1} ({error}); fetch it again") from error
+
+
+def _values(batch: pa.RecordBatch) -> list[Any]:
+    """The rows as dictionaries; a BadLine for one whose text is not UTF-8, which Parquet does not see to."""
+    try:
+        values: list[Any] = batch.to_pylist()
+    except UnicodeDecodeError as error:
+        if batch.num_rows == 1:
+            return [BadLine("not UTF-8", error.object[:EXCERPT_BYTES])]
+        return [value for number in range(batch.num_rows) for value in _values(batch.slice(number, 1))]
+    return values
 
 
 def _check_columns(path: Path, found: list[str], wanted: tuple[str, ...] | None) -> None:

@@ -5,6 +5,7 @@ import random
 import tarfile
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -113,6 +114,12 @@ def test_parquet_gives_its_rows(tmp_path) -> None:
     pq.write_table(pa.table({"text": ["a", None], "n": [1, 2]}), path)
     assert list(read_records(path, told.append)) == [(1, {"text": "a", "n": 1}), (2, {"text": None, "n": 2})]
     assert sum(told) == path.stat().st_size
+
+
+def test_a_parquet_text_that_is_not_utf_8_is_a_bad_line(tmp_path) -> None:
+    offsets, data = pa.py_buffer(np.array([0, 2, 4], np.int32)), pa.py_buffer(b"ok\xff\xfe")
+    pq.write_table(pa.table({"text": pa.StringArray.from_buffers(2, offsets, data)}), tmp_path / "archive")
+    assert list(read_records(tmp_path / "archive")) == [(1, {"text": "ok"}), (2, BadLine("not UTF-8", b"\xff\xfe"))]
 
 
 def test_parquet_cut_short_is_refused(tmp_path) -> None:
