@@ -84,7 +84,7 @@ def fast_encode(path: Path) -> Encode:
 
 
 class Encoder:
-    """Encodes by the fast path while that agrees with the reference, by the reference otherwise.
+    """Encodes by the fast path and samples it against the reference; by the reference alone where there is no fast path.
 
     note: why the fast path is not used, None while it is.
     """
@@ -99,7 +99,7 @@ class Encoder:
     def encode(self, texts: Sequence[str], first: int = 0) -> Encoded:
         """Encode a batch whose first text is number ``first`` of its shard; every SAMPLE_EVERY-th text is checked.
 
-        Raises MismatchError, and uses the reference from then on: encode the shard again from its start.
+        Raises MismatchError where it is not the reference's: encode the shard again from its start, ``by_reference``.
         """
         if self.fast is None:
             return self.reference(texts)
@@ -109,13 +109,15 @@ class Encoder:
                 continue
             expected = self.reference([texts[i]]).ids
             if not np.array_equal(encoded.ids[encoded.offsets[i] : encoded.offsets[i + 1]], expected):
-                self._fall_back(first + i)
+                raise MismatchError(f"{FASTOKENS} gave other ids than {TOKENIZERS} for document {first + i} of a shard")
         return encoded
 
-    def _fall_back(self, number: int) -> None:
-        self.fast, self.note = None, f"{FASTOKENS} gave other ids than {TOKENIZERS} for document {number} of a shard"
-        log.warning("%s; this process uses %s from here on", self.note, TOKENIZERS)
-        raise MismatchError(self.note)
+    def by_reference(self, mismatch: MismatchError) -> "Encoder":
+        """The encoder for the shard that did not agree. Only for that one: which shards this process had before, and so
+        how many processes there are, must not decide what another becomes.
+        """
+        log.warning("%s; %s encodes that shard", mismatch, TOKENIZERS)
+        return Encoder(None, self.reference, str(mismatch))
 
 
 @lru_cache(maxsize=2)

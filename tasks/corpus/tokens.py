@@ -92,7 +92,8 @@ def build_tokens_shard(work: Work, spec: TokensSpec, documents: Artifact, tokeni
     source, target = documents.file("documents.parquet"), work.folder / "tokens.arrow"
     try:
         num_tokens = tokenize_shard(source, target, encoder.encode, end_id)
-    except MismatchError:
+    except MismatchError as mismatch:
+        encoder = encoder.by_reference(mismatch)
         num_tokens = tokenize_shard(source, target, encoder.encode, end_id)
     counts = {name: documents.stats[name] for name in ("num_documents", "num_bytes")}
     return Built(

@@ -113,12 +113,15 @@ def test_the_fast_path_is_used_while_it_agrees() -> None:
     assert (encoder.path, encoder.note) == ("fastokens", None)
 
 
-def test_a_difference_in_a_sampled_document_falls_back_with_a_warning(caplog: pytest.LogCaptureFixture) -> None:
+def test_a_difference_in_a_sampled_document_leaves_that_shard_to_the_reference(caplog: pytest.LogCaptureFixture) -> None:
     encoder = Encoder(wrong_for_x, bytes_of)
-    with caplog.at_level(logging.WARNING), pytest.raises(MismatchError):
+    with pytest.raises(MismatchError, match="other ids than tokenizers for document 0") as mismatch:
         encoder.encode(["x", "a"])
+    with caplog.at_level(logging.WARNING):
+        exact = encoder.by_reference(mismatch.value)
     assert "other ids than tokenizers for document 0" in caplog.text
-    assert (encoder.path, encoder.encode(["x"]).ids.tolist()) == ("tokenizers", [120])
+    assert (exact.path, exact.encode(["x"]).ids.tolist()) == ("tokenizers", [120])
+    assert encoder.path == "fastokens"  # for the next shard
 
 
 def test_every_500th_document_of_a_shard_is_sampled_whatever_the_batch() -> None:

@@ -211,6 +211,21 @@ def test_a_fast_path_that_differs_leaves_the_reference_s_tokens_and_is_recorded(
     assert "other ids" in shard.manifest.produced_by["encoder_note"]
 
 
+def test_a_shard_that_does_not_agree_decides_nothing_for_the_shards_behind_it(
+    store: ArtifactStore, documents_of: Callable[..., Artifact], tokenizer: Artifact, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def wrong_for_one(path: Path) -> Callable[[Sequence[str]], Encoded]:
+        exact = encoder.reference_encode(path)
+        return lambda texts: exact([text.replace("first", "other") for text in texts])
+
+    documents = documents_of(["first", "second", "third"], shard_bytes=1)
+    monkeypatch.setattr(encoder, "fast_encode", wrong_for_one)
+    encoder.encoder_for.cache_clear()
+    found = build(store, documents, tokenizer)
+    encoder.encoder_for.cache_clear()
+    assert found.manifest.produced_by["encoders"] == {"tokenizers": 1, "fastokens": 2}
+
+
 def test_golden_ids(store: ArtifactStore, documents_of: Callable[..., Artifact], tokenizer: Artifact) -> None:
     """A changed golden means that the stage's revision must rise."""
     rows = all_rows(build(store, documents_of(PRACTICE, shard_bytes=3_000), tokenizer))
