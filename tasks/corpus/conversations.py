@@ -55,9 +55,14 @@ def conversation_digest(conversation: Conversation) -> Digest:
     return digest_json([list(turn) for turn in conversation])
 
 
-def question_digest(conversation: Conversation) -> Digest:
-    """SHA-256 of all that the user says, whatever its spelling of white space and width: what makes two questions the same."""
-    return digest_json([_folded(turn.content) for turn in conversation if turn.role == "user"])
+def question_digests(conversation: Conversation) -> list[Digest]:
+    """SHA-256 of what the user has said by each of its turns, whatever its spelling of white space and width.
+
+    The last one is of the whole question, which makes two conversations ask the same; the others are of the questions that
+    the conversation answers on its way there.
+    """
+    said = [_folded(turn.content) for turn in conversation if turn.role == "user"]
+    return [digest_json(said[:number]) for number in range(1, len(said) + 1)]
 
 
 def _folded(text: str) -> str:

@@ -19,7 +19,7 @@ from pydantic import Field
 
 from tasks.corpus.chat import Chat, TemplateRefusalError, load_chat
 from tasks.corpus.conversations import Conversation, Format, conversation_digest
-from tasks.corpus.held_out import HeldOut, batches, question_key, with_system
+from tasks.corpus.held_out import HeldOut, batches, question_keys, with_system
 from tasks.corpus.intake import Intake, write_quarantine
 from tasks.corpus.labels import Example, Rendered, make_examples, prove, render
 from tasks.corpus.packing import Packer
@@ -49,7 +49,7 @@ class ExamplesSpec(Spec):
     deduplicate: bool = Field(True, description="keep a conversation once, however often it stands there")
 
 
-@stage("examples", revision=1)
+@stage("examples", revision=2)
 def build_examples(
     work: Work, spec: ExamplesSpec, conversations: Artifact, tokenizer: Artifact, held_out: Artifact | None = None
 ) -> Built:
@@ -82,11 +82,10 @@ def _check_system(spec: ExamplesSpec, chat: Chat) -> None:
 
 
 class Numbered(NamedTuple):
-    """A conversation, the line of the archive that it stands on, and its split."""
+    """A conversation, and the line of the archive that it stands on."""
 
     line: int
     conversation: Conversation
-    split: str
 
 
 class Maker:
@@ -108,15 +107,21 @@ class Maker:
 
     def _sift(self, conversations: Iterable[tuple[int, Conversation]]) -> Iterator[Numbered]:
         for line, conversation in conversations:
-            question = question_key(conversation)
             if self.spec.deduplicate and self._is_seen(conversation):
                 self.counts["num_duplicates"] += 1
-            elif question in self.held_out:
+            elif self._is_held_out(conversation):
                 self.counts["num_in_held_out"] += 1
             else:
-                # By the question: what is asked twice does not stand on both sides.
-                is_validation = int.from_bytes(question[:8]) < self.spec.validation_fraction * 2**64
-                yield Numbered(line, with_system(conversation, self.spec.system), SPLITS[is_validation])
+                yield Numbered(line, with_system(conversation, self.spec.system))
+
+    def _is_held_out(self, conversation: Conversation) -> bool:
+        """Whether a held-out question is answered anywhere on its way."""
+        return not self.held_out.isdisjoint(question_keys(conversation))
+
+    def _split(self, conversation: Conversation) -> str:
+        # By the first question: conversations that begin alike do not stand on both sides.
+        first = int.from_bytes(question_keys(conversation)[0][:8])
+        return SPLITS[first < self.spec.validation_fraction * 2**64]
 
     def _is_seen(self, conversation: Conversation) -> bool:
         digest = bytes.fromhex(conversation_digest(conversation)[:32])
@@ -146,6 +151,8 @@ class Maker:
         self.counts["num_turns_rewritten"] += text.num_rewritten
         if len(example.input_ids) > self.spec.block_size:
             self.counts["num_too_long"] += 1
+        elif self._is_held_out(one.conversation):  # now that its earlier turns are dropped
+            self.counts["num_in_held_out"] += 1
         elif not text.answers:
             self.counts["num_nothing_to_learn"] += 1
         else:
@@ -155,7 +162,7 @@ class Maker:
                 raise CorpusError(
                     f"{self.intake.name}: line {one.line}: {error}; the chat template does not fit the tokenizer"
                 ) from error
-            self.packers[one.split].add(example.input_ids, example.labels)
+            self.packers[self._split(one.conversation)].add(example.input_ids, example.labels)
 
     def finish(self, work: Work) -> dict[str, Any]:
         """Write the rows; returns the ledger. Raises CorpusError where too much was refused or nothing is left."""

@@ -15,7 +15,7 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from tasks.corpus.chat import Chat, TemplateRefusalError
-from tasks.corpus.conversations import Conversation, Turn, question_digest
+from tasks.corpus.conversations import Conversation, Turn, question_digests
 from tasks.corpus.intake import Intake
 from tasks.errors import CorpusError
 from tasks.machine import Advance
@@ -55,7 +55,7 @@ class HeldOut:
 
     def _prompts(self, intake: Intake, advance: Advance) -> Iterator[tuple[str, str]]:
         for line, conversation in intake.read(advance):
-            self.questions.add(question_key(conversation))
+            self.questions.add(question_keys(conversation)[-1])
             *before, answer = with_system(conversation, self.system)
             try:
                 yield self.chat.render(tuple(before), add_generation_prompt=True), answer.content
@@ -72,9 +72,9 @@ class HeldOut:
         return pa.RecordBatch.from_arrays(columns, schema=HELD_OUT)
 
 
-def question_key(conversation: Conversation) -> bytes:
-    """16 bytes that two conversations share when their users say the same."""
-    return bytes.fromhex(question_digest(conversation)[:32])
+def question_keys(conversation: Conversation) -> list[bytes]:
+    """16 bytes of each of ``question_digests``."""
+    return [bytes.fromhex(digest[:32]) for digest in question_digests(conversation)]
 
 
 def with_system(conversation: Conversation, system: str | None) -> Conversation:

@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from tasks.corpus.conversations import Format, Turn, conversation_digest, parse_conversation, question_digest
+from tasks.corpus.conversations import Format, Turn, conversation_digest, parse_conversation, question_digests
 
 ASKED = (Turn("user", "你好"), Turn("assistant", "你好！"))
 
@@ -103,6 +103,12 @@ def test_belles_roles_are_its_own() -> None:
 def test_a_question_is_the_same_in_another_width_and_spacing() -> None:
     one = (Turn("user", "ＡＢ  好\n吗"), Turn("assistant", "好"))
     other = (Turn("system", "简短"), Turn("user", "AB 好 吗"), Turn("assistant", "不好"))
-    assert question_digest(one) == question_digest(other)
-    assert question_digest(one) != question_digest((*one, Turn("user", "为什么"), Turn("assistant", "好")))
+    assert question_digests(one) == question_digests(other)
     assert conversation_digest(one) != conversation_digest(other)
+
+
+def test_a_conversation_answers_the_question_of_every_beginning() -> None:
+    one = (Turn("user", "谁"), Turn("assistant", "我"))
+    longer = (*one, Turn("user", "为什么"), Turn("assistant", "好"))
+    assert question_digests(longer)[:1] == question_digests(one)
+    assert len(set(question_digests(longer))) == 2

@@ -251,6 +251,24 @@ def test_a_conversation_that_asks_what_is_held_out_is_dropped_and_counted(make: 
     assert adds_up(artifact.stats)
 
 
+def test_a_held_out_question_answered_on_the_way_is_not_learned(make: Callable[..., Artifact]) -> None:
+    held_out = belle("考题", "答案")
+    longer, other = belle("考题", "答案", "再问", "再答"), belle("再问", "再答")
+    assert make(longer + other, held_out=held_out, block_size=256).stats["num_in_held_out"] == 1
+    shortened = make(belle("长" * 70, "答", "考题", "答案") + other, held_out=held_out, block_size=128, too_long="drop_turns")
+    assert (shortened.stats["num_in_held_out"], shortened.stats["num_examples"]) == (1, 1)
+    assert adds_up(shortened.stats)
+
+
+def test_conversations_that_begin_alike_stand_in_one_split(make: Callable[..., Artifact]) -> None:
+    alone = [belle(f"问题{number}", "答") for number in range(40)]
+    longer = [belle(f"问题{number}", "答", "再问", "再答") for number in range(40)]
+    fields = {"validation_fraction": 0.5, "block_size": 128}
+    one, both = (make(b"".join(lines), **fields).stats["validation"]["num_examples"] for lines in (alone, alone + longer))
+    assert 0 < one < 40
+    assert both == 2 * one
+
+
 def test_a_held_out_prompt_that_leaves_no_room_for_the_answer_is_dropped_and_counted(make: Callable[..., Artifact]) -> None:
     artifact = make(numbered(3), held_out=belle("a" * 200, "b") + belle("a", "b"), block_size=128)
     assert artifact.stats["held_out"]["num_too_long"] == 1
