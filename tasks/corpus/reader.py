@@ -131,7 +131,13 @@ def open_member(path: Path, advance: Advance, num_threads: int = 1) -> Iterator[
             yield stream
             return
         # ignore_zeros: a second tar behind the first is seen, and refused, instead of being lost.
-        with tarfile.open(fileobj=cast(Any, stream), mode="r|", bufsize=BLOCK_BYTES, ignore_zeros=True) as archive:
+        try:
+            archive = tarfile.open(  # noqa: SIM115 (closed below; opening reads the first header)
+                fileobj=cast(Any, stream), mode="r|", bufsize=BLOCK_BYTES, ignore_zeros=True, tarinfo=_Header
+            )
+        except tarfile.ReadError as error:
+            raise _damaged_tar(path, error) from error
+        with archive:
             yield _Member(path, archive, stream)
 
 
@@ -150,6 +156,21 @@ def _is_tar_header(block: bytes) -> bool:
     except tarfile.HeaderError:
         return not any(block)  # a tar without members is all zeros
     return True
+
+
+class _Header(tarfile.TarInfo):
+    """A member's header. ``ignore_zeros`` passes over damaged ones too, and so over the members behind them: not here."""
+
+    @classmethod
+    def fromtarfile(cls, tarfile_: tarfile.TarFile) -> "_Header":
+        try:
+            return super().fromtarfile(tarfile_)
+        except tarfile.InvalidHeaderError as error:  # type: ignore[attr-defined]
+            raise tarfile.ReadError(str(error)) from error
+
+
+def _damaged_tar(path: Path, error: tarfile.ReadError) -> CorpusError:
+    return CorpusError(f"{path}: the tar is truncated or damaged ({error}); fetch the archive again")
 
 
 class _Member:
@@ -188,7 +209,7 @@ class _Member:
                 if info.isreg():
                     return info
         except tarfile.ReadError as error:
-            raise CorpusError(f"{self.path}: the tar is truncated or damaged ({error}); fetch the archive again") from error
+            raise _damaged_tar(self.path, error) from error
         return None
 
     def _check(self, info: tarfile.TarInfo) -> None:

@@ -171,6 +171,20 @@ def test_a_tar_behind_a_tar_is_refused_not_lost(tmp_path) -> None:
         list(read_records(write(tmp_path, tar_of_one(LINES) * 2)))
 
 
+def test_a_member_behind_a_damaged_header_is_refused_not_lost(tmp_path) -> None:
+    one = tar_of_one(LINES)
+    behind = tar_of(("second.jsonl", LINES, tarfile.REGTYPE)).replace(b"second", b"damage", 1)  # another checksum now
+    with pytest.raises(CorpusError, match="the tar is truncated or damaged"):
+        list(read_records(write(tmp_path, one + behind)))
+
+
+def test_a_tar_that_opens_with_a_damaged_extended_header_is_refused(tmp_path) -> None:
+    data = bytearray(tar_of(("x" * 120, LINES, tarfile.REGTYPE)))
+    data[tarfile.BLOCKSIZE * 2] ^= 1  # the member's own header, behind the one that holds its long name
+    with pytest.raises(CorpusError, match="the tar is truncated or damaged"):
+        list(read_records(write(tmp_path, bytes(data))))
+
+
 def test_a_member_may_lie_in_a_folder(tmp_path) -> None:
     data = tar_of(("data", b"", tarfile.DIRTYPE), ("data/corpus.jsonl", LINES, tarfile.REGTYPE))
     assert list(read_records(write(tmp_path, data))) == RECORDS
