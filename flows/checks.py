@@ -26,6 +26,11 @@ PER_ARCHIVE_BYTE = {"archive": 1.0, "documents": 1.2, "tokens": 5.5, "blocks": 5
 BYTES_PER_PARAMETER = {"pretrained": 2 + 2 * 14, "finetuned": 2 + 2 * 14, "adapter": 2}
 
 
+_SIZES = (
+    "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "intermediate_size", "vocab_size",
+)  # fmt: skip
+
+
 def check_ranks(nodes: Iterable[Node], machine: Machine) -> None:
     """Raise SettingsError where this machine's ranks and a global batch do not go together."""
     for node in nodes:
@@ -61,6 +66,8 @@ def _needed(recipe: Recipe, node: Node, steps: list[Step], machine: Machine) -> 
 def num_parameters(recipe: Recipe) -> int:
     """About how many parameters the recipe's model has, from its config; 0 where it comes from published weights."""
     config = (recipe.pretrained.model.config if recipe.pretrained else None) or {}
+    if any(not isinstance(config.get(name, 1), int) or config.get(name, 1) < 1 for name in _SIZES):
+        return 0  # what is wrong with it, the model's own class says
     hidden, layers = int(config.get("hidden_size", 0)), int(config.get("num_hidden_layers", 0))
     heads = int(config.get("num_attention_heads", 1))
     kv_share = int(config.get("num_key_value_heads", heads)) / heads

@@ -217,6 +217,9 @@ def main() -> None:
     except SeqmillError as error:
         err.print(f"[red]error:[/red] {escape(str(error))}", soft_wrap=True, highlight=False)
         sys.exit(error.exit_code)
+    except OSError as error:
+        err.print(f"[red]error:[/red] {escape(f'{error.filename}: {error.strerror}')}; mend that and run again", soft_wrap=True)
+        sys.exit(1)
 
 
 def _nodes(recipe: Recipe, until: str) -> Any:

@@ -110,6 +110,8 @@ def load_recipe(name_or_path: str, overrides: Mapping[str, Any] | None = None) -
     path = recipe_path(name_or_path)
     try:
         value = yaml.load(path.read_text(encoding="utf-8"), _Loader)  # noqa: S506 (a SafeLoader, see below)
+    except (OSError, UnicodeDecodeError) as error:
+        raise RecipeError(f"{path}: cannot be read as UTF-8 text ({error}); mend the file") from error
     except yaml.YAMLError as error:
         raise RecipeError(f"{path}: not valid YAML: {' '.join(str(error).split())}; mend the line") from error
     if not isinstance(value, dict):
@@ -118,11 +120,11 @@ def load_recipe(name_or_path: str, overrides: Mapping[str, Any] | None = None) -
         _set(value, field, override)
     try:
         # Through JSON, so that strict mode takes lists for tuples and nothing else for anything else.
-        return Recipe.model_validate_json(json.dumps(value))
+        return Recipe.model_validate_json(json.dumps(value, allow_nan=False))
     except ValidationError as error:
         raise RecipeError(f"{path}: {_one_line(error)}") from None
-    except TypeError as error:
-        raise RecipeError(f"{path}: {error}; write it as a string") from None
+    except (TypeError, ValueError, RecursionError) as error:  # a date; an infinity; an alias to itself
+        raise RecipeError(f"{path}: {error}; a recipe holds finite numbers, strings, lists and mappings") from None
 
 
 def parse_overrides(settings: Sequence[str]) -> dict[str, Any]:

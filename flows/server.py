@@ -78,6 +78,7 @@ def _start(folder: Path, port: int, url: str) -> subprocess.Popen[bytes]:
             stdout=output,
             stderr=output,
             stdin=subprocess.DEVNULL,
+            start_new_session=True,  # Ctrl-C is for the command, which still tells the server how the run ended
         )
         try:
             _wait_until_healthy(process, url, log_path)
@@ -94,7 +95,7 @@ def _wait_until_healthy(process: subprocess.Popen[bytes], url: str, log_path: Pa
         if process.poll() is not None:
             raise WorkerError(f"prefect server: ended with exit code {process.returncode} at its start; read {log_path}")
         try:
-            if httpx.get(f"{url}/health", timeout=2.0).is_success:
+            if httpx.get(f"{url}/health", timeout=2.0, trust_env=False).is_success:
                 return
         except httpx.HTTPError:
             pass  # not yet

@@ -104,18 +104,25 @@ def prefect_environment(settings: Settings, api_url: str | None, verbose: bool) 
         "DO_NOT_TRACK": "1",
         **({"PREFECT_API_URL": api_url} if api_url else {}),
     }
-    return {name: value for name, value in environment.items() if name not in os.environ}
+    environment = {name: value for name, value in environment.items() if name not in os.environ}
+    return {**environment, **(_past_the_proxy() if api_url else {})}
+
+
+def _past_the_proxy() -> dict[str, str]:
+    """Our own server is on loopback: a proxy that the environment names cannot reach it."""
+    return {name: ",".join(filter(None, [os.environ.get(name), "127.0.0.1"])) for name in ("NO_PROXY", "no_proxy")}
 
 
 @contextmanager
 def environment(values: dict[str, str]) -> Iterator[None]:
-    """Set variables, none of which is set yet, for this process and what it starts, until the end of the block."""
+    """Set variables for this process and what it starts, until the end of the block."""
+    before = {name: os.environ.get(name) for name in values}
     os.environ.update(values)
     try:
         yield
     finally:
-        for name in values:
-            os.environ.pop(name, None)
+        for name, value in before.items():
+            os.environ.pop(name, None) if value is None else os.environ.update({name: value})
 
 
 def prefect_api_url() -> str | None:

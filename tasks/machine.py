@@ -101,22 +101,37 @@ def _pool(num_workers: int) -> ProcessPoolExecutor:
         if num_workers not in _pools:
             # spawn: the parent holds threads (Prefect, Arrow), and forking those is undefined.
             _pools[num_workers] = ProcessPoolExecutor(
-                num_workers, mp_context=get_context("spawn"), initializer=die_with_parent, initargs=(os.getpid(),)
+                num_workers, mp_context=get_context("spawn"), initializer=_begin_worker, initargs=(os.getpid(),)
             )
         return _pools[num_workers]
 
 
+def _begin_worker(parent: int) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group: the parent decides what ends
+    end_with_parent(parent)
+
+
 def die_with_parent(parent: int) -> None:
-    """End this process when the process ``parent``, which started it, dies, even by kill -9."""
+    """End this process at once when ``parent``, or the thread of it that started this process, ends, even by kill -9.
+
+    Linux's PDEATHSIG speaks for the *thread*: not for a process that a passing thread starts.
+    """
     if sys.platform == "linux":
         ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    end_with_parent(parent)
+
+
+def end_with_parent(parent: int) -> None:
+    """End this process within PARENT_POLL_SECONDS of the process ``parent``, whichever of its threads started it.
+
+    A flow's threads start the pool's processes, and end with the flow; the pool serves the next flow too.
+    """
     if os.getppid() != parent:
         os._exit(1)
     threading.Thread(target=_watch_parent, args=(parent,), daemon=True).start()
 
 
 def _watch_parent(parent: int) -> None:
-    # PDEATHSIG is Linux's, and speaks for the thread that started us; the parent's number is true everywhere.
     while os.getppid() == parent:
         time.sleep(PARENT_POLL_SECONDS)
     os._exit(1)

@@ -61,7 +61,10 @@ def in_groups(machine: Machine) -> ShardRunner:
         names = [f"{label} {i * size}-{i * size + len(group) - 1}" for i, group in enumerate(groups)]
         if machine.num_workers == 1 or len(items) == 1:
             inline = replace(machine, num_workers=1)
-            results = [shard_group(name, inline, function, group) for name, group in zip(names, groups, strict=True)]
+            results = [
+                shard_group(name, inline, function, group, return_state=True).result()
+                for name, group in zip(names, groups, strict=True)
+            ]
         else:
             futures = [shard_group.submit(name, machine, function, group) for name, group in zip(names, groups, strict=True)]
             results = [future.result() for future in futures]

@@ -33,7 +33,7 @@ def digest_file(path: Path, advance: Callable[[int], None] | None = None) -> Dig
 def canonical_json(value: Any) -> bytes:
     """The one spelling of ``value`` that digests are made from.
 
-    Keys sorted, no spaces, UTF-8; a mapping's None values are left out, so that a new optional field changes no key.
+    Keys sorted, no spaces, UTF-8. A mapping's None is a value like another: a model config's null is not its default.
     Raises TypeError for a value without a stable spelling (a set, a Path, an object, NaN).
     """
     return json.dumps(_plain(value, "$"), sort_keys=True, separators=(",", ":"), ensure_ascii=False).encode()
@@ -52,7 +52,7 @@ def _plain(value: Any, where: str) -> Any:
     if isinstance(value, list | tuple):
         return [_plain(item, f"{where}[{i}]") for i, item in enumerate(value)]
     if isinstance(value, dict) and all(isinstance(name, str) for name in value):
-        return {name: _plain(item, f"{where}.{name}") for name, item in value.items() if item is not None}
+        return {name: _plain(item, f"{where}.{name}") for name, item in value.items()}
     raise TypeError(
         f"{where}: {type(value).__name__} {value!r} has no stable spelling; "
         "use a finite number, a string, a list, a mapping with string keys or None"
@@ -77,7 +77,7 @@ class DigestMemory:
             remembered = json.loads(note.read_text())
             if remembered["state"] == state:
                 return Digest(remembered["digest"])
-        except (OSError, ValueError, KeyError):
+        except (OSError, ValueError, KeyError, TypeError):
             pass  # not remembered, or a note cut short: read the file
         digest = digest_file(path, advance)
         if _state(path) == state:
@@ -91,7 +91,8 @@ class DigestMemory:
 
 def _state(path: Path) -> list[int]:
     stat = path.stat()
-    return [stat.st_size, stat.st_mtime_ns, stat.st_ino]
+    # The change time too: `cp -p` and `rsync -t` set the modification time back, nothing sets this one.
+    return [stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino]
 
 
 def write_atomically(path: Path, data: bytes) -> None:

@@ -39,10 +39,10 @@ class Spec(BaseModel):
     None means absent, and an absent field leaves the key as it was before the field existed.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
 
     def identity(self) -> dict[str, Any]:
-        """The fields that enter the key, as JSON values."""
+        """The fields that enter the key, as JSON values; an absent one (None) leaves the key as it was before the field was."""
         unkeyed_names = {
             name
             for name, info in type(self).model_fields.items()
@@ -51,6 +51,7 @@ class Spec(BaseModel):
         return {
             name: value.identity() if isinstance(value := getattr(self, name), Spec) else dumped
             for name, dumped in self.model_dump(mode="json", exclude=unkeyed_names).items()
+            if dumped is not None
         }
 
 
@@ -151,7 +152,7 @@ class Stage(Generic[S]):
                 "seconds": round(time.perf_counter() - wall, 3),
                 "cpu_seconds": round(time.process_time() - cpu, 3),
                 "inputs": {name: artifact.ref for name, artifact in inputs.items()},
-                "unkeyed": {k: v for k, v in spec.model_dump(mode="json").items() if k not in identity["spec"]},
+                "unkeyed": {k: v for k, v in spec.model_dump(mode="json").items() if k not in identity["spec"] and v is not None},
                 **built.produced_by,
             }
             artifact = work.store.commit(identity, built.shards, built.stats, produced_by, built.digests)

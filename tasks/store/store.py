@@ -8,6 +8,7 @@ import fcntl
 import json
 import logging
 import os
+import re
 import shutil
 import time
 from collections.abc import Iterator
@@ -24,6 +25,7 @@ from tasks.store.digest import Digest, DigestMemory, digest_file, digest_json, f
 
 log = logging.getLogger(__name__)
 
+KIND = re.compile(r"[a-z][a-z-]*")
 SCRATCH_NAME = ".scratch"  # inside staging: what a build needs while it runs; removed by the commit
 
 
@@ -146,6 +148,8 @@ class ArtifactStore:
 
     def artifacts(self, kind: str | None = None) -> Iterator[Artifact]:
         """Every finished artifact, of one kind where named, oldest first."""
+        if kind is not None and not KIND.fullmatch(kind):
+            raise StoreError(f"{self.root}: {kind!r} is no kind of artifact; `seqmill ls` lists what there is")
         folders = sorted(self.root.glob(f"{kind or '[!.]*'}/*/{MANIFEST_NAME}"))
         loaded = (self.load(path.parent.parent.name, Digest(path.parent.name)) for path in folders)
         return iter(sorted((found for found in loaded if found), key=lambda found: (found.manifest.created, found.ref)))

@@ -97,6 +97,11 @@ def test_a_tokenizer_without_the_end_of_document_token_is_refused(world: World) 
     assert len(world.json("ls", "tokenizer")) == 1
 
 
+def test_one_worker_is_enough(world: World) -> None:
+    rows = world.json("run", "small.yaml", "--until", "blocks", "--num-workers", "1", "--store", str(world.folder / "alone"))
+    assert [row["status"] for row in rows] == ["built"] * 5
+
+
 def test_a_store_that_cannot_be_written_is_said(world: World) -> None:
     (world.folder / "file").touch()
     error = world.seqmill("run", "small.yaml", "--until", "archive", "--store", str(world.folder / "file"), code=1)

@@ -69,6 +69,10 @@ def test_every_keyed_field_changes_the_key(store: ArtifactStore, spec: WordSpec)
     assert build_word(store, Machine(), spec).key != build_word(store, Machine(), WordSpec(word="a")).key
 
 
+def test_an_absent_field_changes_no_key() -> None:
+    assert WordSpec(word="a").identity() == {"word": "a"}
+
+
 def test_an_unkeyed_field_changes_no_key_and_is_recorded(store: ArtifactStore) -> None:
     first = build_word(store, Machine(), WordSpec(word="a", url="here"))
     second = build_word(store, Machine(), WordSpec(word="a", url="there"))
