@@ -63,6 +63,7 @@ def run(
     export_settings(settings)
     with prefect_server(settings, verbose=verbose) as url:
         from flows.everything import everything_flow
+        from flows.run import send_logs
 
         log_to_console(verbose)
         err.print(f"[dim]store {artifacts.root}   Prefect {url.removesuffix('/api')}[/dim]", soft_wrap=True)
@@ -71,6 +72,8 @@ def run(
         except KeyboardInterrupt:
             err.print("interrupted; what is finished is kept: run again to go on")
             raise typer.Exit(130) from None
+        finally:
+            send_logs()
     _show_run(rows, artifacts, as_json)
 
 

@@ -38,8 +38,6 @@ def log_to_console(verbose: bool) -> None:
     """Show our INFO lines, or with ``verbose`` everything, on stderr."""
     handler = RichHandler(console=err, show_path=False, show_level=verbose, log_time_format="%H:%M:%S", markup=False)
     handler.addFilter(lambda record: verbose or record.levelno >= logging.WARNING or not record.name.startswith(_NOISY))
-    if not verbose:  # the one line at the end says it; without any handler, Python prints Prefect's errors itself
-        logging.lastResort = None
     for name in ("flows", "tasks"):
         logger = logging.getLogger(name)
         logger.setLevel(logging.DEBUG if verbose else logging.INFO)

@@ -5,6 +5,8 @@ import time
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from prefect.logging.handlers import APILogWorker
+
 from flows.checks import check_ranks
 from flows.console import console_progress
 from flows.dag import ending_with, nodes_of
@@ -12,6 +14,8 @@ from flows.recipe import load_recipe
 from flows.settings import load_settings
 from tasks.stages import TASKS
 from tasks.store import Artifact, ArtifactStore
+
+SEND_SECONDS = 5
 
 
 def run_recipe(name_or_path: str, overrides: Mapping[str, Any] | None, ends: Iterable[str]) -> list[dict[str, Any]]:
@@ -44,6 +48,11 @@ def run_recipe(name_or_path: str, overrides: Mapping[str, Any] | None, ends: Ite
         artifact = artifacts[node.name] = state.result()
         rows.append(_row(node.name, artifact, time.perf_counter() - start))
     return rows
+
+
+def send_logs() -> None:
+    """Send Prefect the log lines that still wait, before its server is stopped."""
+    APILogWorker.drain_all(timeout=SEND_SECONDS)
 
 
 def _row(name: str, artifact: Artifact, seconds: float) -> dict[str, Any]:

@@ -100,7 +100,7 @@ def prefect_environment(settings: Settings, api_url: str | None, verbose: bool) 
         "PREFECT_HOME": str(settings.store_root / ".prefect"),
         "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
         "PREFECT_LOGGING_EXTRA_LOGGERS": "flows,tasks",
-        "PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL": "0" if verbose else "50",
+        "PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL": "NOTSET" if verbose else "CRITICAL",
         "DO_NOT_TRACK": "1",
         **({"PREFECT_API_URL": api_url} if api_url else {}),
     }
