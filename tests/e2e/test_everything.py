@@ -55,7 +55,7 @@ def first(world: World) -> Any:
     """What the first run did; it begins in a run that is killed, with all that it started, while it pretrains."""
     process = world.start("run", "small.yaml")
     checkpoints = world.folder / "store" / ".staging" / "pretrained"
-    wait_for(process, lambda: any(checkpoints.glob("*/.scratch/checkpoints/checkpoint-10/*.json")))
+    wait_for(process, lambda: any(checkpoints.glob("*/.scratch/checkpoints/checkpoint-10/manifest.json")))
     process.send_signal(signal.SIGKILL)
     process.communicate()
     return world.json("run", "small.yaml")
@@ -136,7 +136,7 @@ def test_the_listing_is_documented_and_stable(world: World, first: Any) -> None:
 
 def test_the_report_is_one_page_that_asks_nothing_of_the_network(world: World, first: Any) -> None:
     page = Path(world.json("show", "report")["path"], "report.html").read_text()
-    assert "small" in page
+    assert "<title>" in page
     assert 'src="http' not in page
     assert 'href="http' not in page
     assert page.count("<svg") + page.count("data:image") >= 3

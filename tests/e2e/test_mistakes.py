@@ -29,7 +29,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
     [
         ("pretrained.learning_rat=1", "pretrained.learning_rat: unknown field; did you mean learning_rate?"),
         ("blocks.block_size=big", "blocks.block_size: found 'big'"),
-        ("blocks.block_size=256", "256 is over the model's 128 positions"),
+        ("blocks.block_size=1024", "1024 is over the model's 512 positions"),
         ("tokenizer.train.vocab_size=400", "400 ids do not fit the model's 320"),
     ],
 )

@@ -29,7 +29,7 @@ pretrained:
   model:
     config:
       {{model_type: qwen2, hidden_size: 32, intermediate_size: 64, num_hidden_layers: 2, num_attention_heads: 2,
-        num_key_value_heads: 1, vocab_size: 320, max_position_embeddings: 128, tie_word_embeddings: true}}
+        num_key_value_heads: 1, vocab_size: 320, max_position_embeddings: 512, tie_word_embeddings: true}}
   global_batch_size: 4
   num_steps: 20
   learning_rate: 5e-3
@@ -38,7 +38,7 @@ pretrained:
   evaluation_steps: 10
 conversations: {{url: "{origin}/conversations"}}
 held_out: {{url: "{origin}/held-out"}}
-examples: {{block_size: 64, validation_fraction: 0.1}}
+examples: {{block_size: 256, validation_fraction: 0.1}}
 finetuned: {{global_batch_size: 4, num_steps: 8, learning_rate: 5e-3}}
 adapter:
   lora: {{rank: 4, alpha: 8, target_modules: [q_proj, embed_tokens]}}
