@@ -17,6 +17,7 @@ import deepspeed_configs
 from tasks.errors import SettingsError
 from tasks.machine import Machine, Progress, TrainingSettings, quiet
 from tasks.training.deepspeed import load_deepspeed_config
+from tasks.training.plan import num_cores
 
 ENV_PREFIX = "SEQMILL_"
 
@@ -87,11 +88,6 @@ def export_settings(settings: Settings) -> None:
     for name, value in settings.model_dump().items():
         if value is not None:
             os.environ[ENV_PREFIX + name.upper()] = str(value)
-
-
-def num_cores() -> int:
-    """The cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def prefect_environment(settings: Settings, api_url: str | None, verbose: bool) -> dict[str, str]:
