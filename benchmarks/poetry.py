@@ -77,7 +77,7 @@ def make_documents(passages: Iterable[str], limit_bytes: int, seed: int) -> list
 
 def _draw_length(order: random.Random) -> int:
     """Bytes that a document must reach, log-normal; a passage more than it needs adds about 200 bytes on average."""
-    return round(order.lognormvariate(0, SPREAD) * (MEAN_DOCUMENT_BYTES - 200) / 2.718281828 ** (SPREAD**2 / 2))
+    return round(order.lognormvariate(-(SPREAD**2) / 2, SPREAD) * (MEAN_DOCUMENT_BYTES - 200))
 
 
 def read_passages(folder: Path) -> Iterator[str]:
