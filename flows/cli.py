@@ -12,7 +12,8 @@ from rich.table import Table
 from flows.console import err, log_to_console, out
 from flows.recipe import Recipe, load_recipe, parse_overrides, recipe_names
 from flows.settings import export_settings, load_settings
-from tasks.errors import SeqmillError
+from tasks.errors import SeqmillError, UserError
+from tasks.report.numbers import size
 from tasks.store import Artifact, ArtifactStore
 
 app = typer.Typer(
@@ -121,7 +122,7 @@ def list_artifacts(
         return
     _print_table(
         ["kind", "key", "content", "created", "size"],
-        [[row["kind"], row["key"][:12], row["content"][:12], row["created"], _size(row["num_bytes"])] for row in rows],
+        [[row["kind"], row["key"][:12], row["content"][:12], row["created"], size(row["num_bytes"])] for row in rows],
     )
 
 
@@ -141,9 +142,38 @@ def show(
     for section in ("identity", "stats"):
         out.print(f"\n[bold]{section}[/bold]")
         out.print_json(json.dumps(manifest[section], ensure_ascii=False))
-    _print_table(["file", "size", "digest"], [[f["name"], _size(f["num_bytes"]), f["digest"][:12]] for f in manifest["files"]])
+    _print_table(["file", "size", "digest"], [[f["name"], size(f["num_bytes"]), f["digest"][:12]] for f in manifest["files"]])
     if artifact.manifest.shards:
-        out.print(f"{len(artifact.manifest.shards)} shards, {_size(sum(s.num_bytes for s in artifact.manifest.shards))}")
+        out.print(f"{len(artifact.manifest.shards)} shards, {size(sum(s.num_bytes for s in artifact.manifest.shards))}")
+
+
+@app.command()
+def verify(
+    refs: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="REF", help="these, with all that they were made from; absent: all", show_default=False),
+    ] = None,
+    everything: Annotated[bool, typer.Option("--all", help="every artifact in the store, as without a REF")] = False,
+    store: StoreOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Read artifacts whole: are digests, shard lists and counts as their manifests say? Changes nothing; 1 where one is not."""
+    from flows.console import console_progress
+    from flows.verify import verify as verify_artifacts
+
+    if everything and refs:
+        raise UserError(f"verify: --all and {refs[0]!r}; name artifacts or all of them")
+    settings = load_settings(store=store)
+    artifacts = ArtifactStore(settings.store_root)
+    verified = verify_artifacts(artifacts, refs or [], settings.machine(console_progress()))
+    if as_json:
+        _print_json(verified.row())
+    else:
+        for problem in verified.problems:
+            out.print(f"[red]damaged[/red] {escape(problem.line())}", soft_wrap=True, highlight=False)
+        out.print(f"{artifacts.root}: {verified.summary()}", soft_wrap=True, highlight=False)
+    if verified.problems:
+        raise typer.Exit(1)
 
 
 @app.command()
@@ -267,11 +297,3 @@ def _print_table(header: list[str], rows: list[list[str]]) -> None:
     for row in rows:
         table.add_row(*(escape(cell) for cell in row))
     out.print(table)
-
-
-def _size(num_bytes: int) -> str:
-    size, units = float(num_bytes), iter(("B", "kB", "MB", "GB", "TB"))
-    unit = next(units)
-    while size >= 1000 and unit != "TB":
-        size, unit = size / 1000, next(units)
-    return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"

@@ -74,13 +74,17 @@ class Settings(BaseSettings):
 def load_settings(**given: Any) -> Settings:
     """Settings from the environment, overridden by what is given and not None. Raises SettingsError."""
     try:
-        return Settings(**{name: value for name, value in given.items() if value is not None})
+        settings = Settings(**{name: value for name, value in given.items() if value is not None})
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"])
         raise SettingsError(
             f"settings: {where}: {first['msg'].lower()}, found {first['input']!r}; see seqmill run --help"
         ) from None
+    found = next(path for path in (settings.store_root, *settings.store_root.parents) if path.exists())
+    if not found.is_dir():
+        raise SettingsError(f"settings: store: {found} is a file; name a folder with --store")
+    return settings
 
 
 def export_settings(settings: Settings) -> None:

@@ -3,7 +3,8 @@
 SeqmillError
 ├── UserError             something you wrote is wrong; exit code 2
 │   ├── RecipeError       a recipe, spec or override cannot be used as it stands
-│   └── SettingsError     a setting of this machine, or a DeepSpeed file, cannot be used
+│   ├── SettingsError     a setting of this machine, or a DeepSpeed file, cannot be used
+│   └── RefError          a reference names no artifact in the store, or more than one
 └── WorldError            the recipe is fine, the world is not; exit code 1
     ├── SourceError       published bytes cannot be had, or are not the expected ones
     ├── CorpusError       the corpus, a conversation or a tokenizer is not what the stage can work on
@@ -33,6 +34,10 @@ class RecipeError(UserError):
 
 class SettingsError(UserError):
     """A setting of this machine, or a DeepSpeed file, cannot be used."""
+
+
+class RefError(UserError):
+    """A reference names no artifact in the store, or more than one."""
 
 
 class WorldError(SeqmillError):

@@ -19,7 +19,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from tasks.errors import StoreError
+from tasks.errors import RefError, StoreError
 from tasks.store.artifact import MANIFEST_NAME, Artifact, FileEntry, Manifest, ShardEntry, content_of
 from tasks.store.digest import Digest, DigestMemory, digest_file, digest_json, fsync_tree
 
@@ -149,7 +149,7 @@ class ArtifactStore:
     def artifacts(self, kind: str | None = None) -> Iterator[Artifact]:
         """Every finished artifact, of one kind where named, oldest first."""
         if kind is not None and not KIND.fullmatch(kind):
-            raise StoreError(f"{self.root}: {kind!r} is no kind of artifact; `seqmill ls` lists what there is")
+            raise RefError(f"{self.root}: {kind!r} is no kind of artifact; `seqmill ls` lists what there is")
         folders = sorted(self.root.glob(f"{kind or '[!.]*'}/*/{MANIFEST_NAME}"))
         loaded = (self.load(path.parent.parent.name, Digest(path.parent.name)) for path in folders)
         return iter(sorted((found for found in loaded if found), key=lambda found: (found.manifest.created, found.ref)))
@@ -157,7 +157,7 @@ class ArtifactStore:
     def resolve(self, ref: str) -> Artifact:
         """The artifact that ``ref`` names: ``kind`` (its newest), ``kind/key`` or ``key``, where a key may be cut short.
 
-        Raises StoreError where nothing, or more than one artifact, answers to it.
+        Raises RefError where nothing, or more than one artifact, answers to it.
         """
         kind, _, prefix = ref.partition("/") if "/" in ref else ("", "", ref)
         everything = list(self.artifacts(kind or None))
@@ -168,7 +168,7 @@ class ArtifactStore:
         if len(matches) == 1:
             return matches[0]
         found = f"{len(matches)} artifacts begin so" if matches else "no such artifact"
-        raise StoreError(f"{self.root}: {ref!r}: {found}; `seqmill ls` lists what there is")
+        raise RefError(f"{self.root}: {ref!r}: {found}; `seqmill ls` lists what there is")
 
 
 def _entries(staging: Path, known: dict[str, Digest]) -> Iterator[FileEntry]:

@@ -134,6 +134,12 @@ def test_the_listing_is_documented_and_stable(world: World, first: Any) -> None:
         assert Path(row["path"], "manifest.json").is_file()
 
 
+def test_every_artifact_is_whole_and_its_counts_add_up(world: World, first: Any) -> None:
+    verified = world.json("verify")
+    assert verified["problems"] == []
+    assert verified["num_artifacts"] == len(list((world.folder / "store").glob("[!.]*/*/manifest.json")))
+
+
 def test_the_report_is_one_page_that_asks_nothing_of_the_network(world: World, first: Any) -> None:
     page = Path(world.json("show", "report")["path"], "report.html").read_text()
     assert "<title>" in page

@@ -103,20 +103,22 @@ def test_one_worker_is_enough(world: World) -> None:
     assert [row["status"] for row in rows] == ["built"] * 5
 
 
-def test_a_store_that_cannot_be_written_is_said(world: World) -> None:
+@pytest.mark.parametrize("command", [["run", "small.yaml", "--until", "archive"], ["plan", "small.yaml"], ["ls"]])
+def test_a_store_that_is_a_file_is_refused_by_every_command(world: World, command: list[str]) -> None:
     (world.folder / "file").touch()
-    error = world.seqmill("run", "small.yaml", "--until", "archive", "--store", str(world.folder / "file"), code=1)
-    assert "--store" in error
+    for store in ("file", "file/below"):
+        error = world.seqmill(*command, "--store", str(world.folder / store), code=2)
+        assert error.endswith("file is a file; name a folder with --store\n")
 
 
 def test_a_reference_to_nothing_is_said(world: World) -> None:
-    assert "seqmill ls" in world.seqmill("show", "pretrained/ffff", code=1)
-    assert "no such artifact" in world.seqmill("generate", "pretrained", "--prompt", "x", code=1)
+    assert "seqmill ls" in world.seqmill("show", "pretrained/ffff", code=2)
+    assert "no such artifact" in world.seqmill("generate", "pretrained", "--prompt", "x", code=2)
 
 
 def test_help_names_every_command(world: World) -> None:
     text = world.seqmill("--help")
-    assert all(command in text for command in ("run", "plan", "ls", "show", "generate", "ui", "demo-data", "recipes"))
+    assert all(command in text for command in ("run", "plan", "ls", "show", "verify", "generate", "ui", "demo-data", "recipes"))
 
 
 def test_quiet_when_piped(world: World, tmp_path: Path) -> None:

@@ -30,3 +30,10 @@ def test_a_deepspeed_preset_is_found_by_name_and_a_file_by_its_path(tmp_path: Pa
 
 def test_free_bytes_are_those_of_the_nearest_folder_that_exists(tmp_path: Path) -> None:
     assert free_bytes(tmp_path / "not" / "yet") == pytest.approx(free_bytes(tmp_path), rel=0.1)
+
+
+@pytest.mark.parametrize("store", ["file", "file/below"])
+def test_a_store_that_is_a_file_is_the_users_mistake(tmp_path: Path, store: str) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(SettingsError, match=r"store: .*file is a file; name a folder with --store"):
+        load_settings(store=tmp_path / store)

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from pydantic import Field, ValidationError
 
-from tasks.errors import StoreError
+from tasks.errors import RefError, StoreError
 from tasks.machine import Machine
 from tasks.store import Artifact, ArtifactStore, Built, Spec, Work, shard_entry, stage, unkeyed
 
@@ -198,5 +198,5 @@ def test_a_reference_is_a_kind_a_key_or_the_start_of_one(store: ArtifactStore) -
     assert store.resolve(second.key[:10]).key == second.key
     assert store.resolve("word").kind == "word"
     for ref in ("nothing", "word/ffff", "word/"):
-        with pytest.raises(StoreError, match="seqmill ls"):
+        with pytest.raises(RefError, match="seqmill ls"):
             store.resolve(ref)
