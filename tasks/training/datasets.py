@@ -8,6 +8,7 @@ Shapes: B rows of a batch, T block_size.
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import datasets
@@ -36,11 +37,27 @@ def open_rows(files: Sequence[str]) -> datasets.Dataset:
     return rows.with_format("numpy")
 
 
-def collate(rows: list[dict[str, np.ndarray]]) -> Batch:
-    """Rows as tensors, int64 (B, T); a block's labels are its ids. No attention mask: any would undo position_ids."""
-    batch = {name: torch.from_numpy(np.stack([row[name] for row in rows]).astype(np.int64)) for name in rows[0]}
+def collate(rows: list[dict[str, np.ndarray]], boundary_id: int | None = None) -> Batch:
+    """Rows as tensors, int64 (B, T); a block's labels are its ids. No attention mask: any would undo position_ids.
+
+    boundary_id: closes every document of a block, and no document sees another; None: a block is one text.
+    """
+    columns = {name: np.stack([row[name] for row in rows]).astype(np.int64) for name in rows[0]}
+    if boundary_id is not None:
+        columns["position_ids"] = restarting_positions(columns["input_ids"], boundary_id)
+    batch = {name: torch.from_numpy(column) for name, column in columns.items()}
     batch.setdefault("labels", batch["input_ids"].clone())
     return batch
+
+
+def restarting_positions(ids_BT: np.ndarray, boundary_id: int) -> np.ndarray:
+    """The position of every id in its document: int64 (B, T), 0 at the start of a row and behind every ``boundary_id``."""
+    places_T = np.arange(ids_BT.shape[1])
+    begins_BT = np.zeros(ids_BT.shape, bool)
+    begins_BT[:, 1:] = ids_BT[:, :-1] == boundary_id
+    starts_BT = np.maximum.accumulate(np.where(begins_BT, places_T, 0), axis=1)
+    positions_BT: np.ndarray = places_T - starts_BT
+    return positions_BT
 
 
 class OrderedRows(torch.utils.data.Dataset[Any]):
@@ -74,22 +91,24 @@ class MicroBatches(Sampler[list[int]]):
 
 
 def training_loader(
-    files: Sequence[str], seed: int, share: Share, first_step: int, num_steps: int
+    files: Sequence[str], seed: int, share: Share, first_step: int, num_steps: int, *, boundary_id: int | None = None
 ) -> "DataLoader[dict[str, Any]]":
-    """The training rows of one rank, in order, from ``first_step`` on."""
+    """The training rows of one rank, in order, from ``first_step`` on; ``boundary_id`` as in ``collate``."""
     rows = open_rows(files)
     dataset = OrderedRows(rows, RowOrder(len(rows), seed), num_steps * share.global_batch_size)
     return DataLoader(
         dataset,
         batch_sampler=MicroBatches(share, first_step, num_steps),
-        collate_fn=collate,
+        collate_fn=partial(collate, boundary_id=boundary_id),
         pin_memory=torch.cuda.is_available(),
         # Its own: an iterator draws one number from the global generator otherwise.
         generator=torch.Generator(),
     )
 
 
-def validation_batches(files: Sequence[str], share: Share, most_rows: int | None) -> Iterator[Batch]:
+def validation_batches(
+    files: Sequence[str], share: Share, most_rows: int | None, boundary_id: int | None = None
+) -> Iterator[Batch]:
     """One rank's share of the validation rows. Every rank gets as many batches, as ZeRO-3 needs: the last may be all ignored."""
     rows = open_rows(files)
     num_rows = min(len(rows), most_rows or len(rows))
@@ -97,7 +116,7 @@ def validation_batches(files: Sequence[str], share: Share, most_rows: int | None
     for start in range(0, num_rows, per_round):
         first = start + share.rank * share.micro_batch_size
         wanted = range(first, first + share.micro_batch_size)
-        batch = collate([rows[min(index, num_rows - 1)] for index in wanted])
+        batch = collate([rows[min(index, num_rows - 1)] for index in wanted], boundary_id)
         for place, index in enumerate(wanted):
             if index >= num_rows:
                 batch["labels"][place] = IGNORED_LABEL

@@ -51,6 +51,7 @@ class TrainingPlan:
     resume_from: str | None
     facts: dict[str, Any]  # what a checkpoint belongs to
     result_path: str
+    boundary_id: int | None = None  # closes the documents that are not to see each other
     lora: dict[str, Any] | None = None
     generation: dict[str, Any] = field(default_factory=dict)  # fields of generation_config.json
 

@@ -8,9 +8,9 @@ Writes  config.json, generation_config.json, model.safetensors, the tokenizer's 
 
 import shutil
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from tasks.errors import RecipeError
 from tasks.machine import Machine
@@ -25,6 +25,17 @@ class PretrainedSpec(OptimizationSpec):
     """How the model is pretrained."""
 
     model: ModelSpec = Field(description="what the model starts from")
+    document_attention: Literal["across", "within"] | None = Field(
+        None,
+        description="whether a token sees the documents before its own in its block; within: it does not, and positions "
+        "restart at every document; absent: across",
+    )
+
+    @field_validator("document_attention")
+    @classmethod
+    def _absent_is_across(cls, value: str | None) -> str | None:
+        # One spelling of what needs no field: said or not, the key is the same.
+        return None if value == "across" else value
 
 
 def identify_source(spec: PretrainedSpec, store: ArtifactStore, machine: Machine) -> str | None:
@@ -35,7 +46,7 @@ def identify_source(spec: PretrainedSpec, store: ArtifactStore, machine: Machine
 @stage("pretrained", revision=1, identify_source=identify_source)
 def build_pretrained(work: Work, spec: PretrainedSpec, blocks: Artifact, tokenizer: Artifact) -> Built:
     """Train a causal language model on blocks."""
-    rows = block_rows(blocks, tokenizer, work.source)
+    rows = block_rows(blocks, tokenizer, work.source, spec.document_attention == "within")
     check_tokenizer(blocks, tokenizer)
     start = starting_model(work, spec.model, blocks)
     outcome = train(work, spec, "pretrained", rows, start)
@@ -43,14 +54,18 @@ def build_pretrained(work: Work, spec: PretrainedSpec, blocks: Artifact, tokeniz
     return outcome.built(validation_bits_per_byte=validation_bits_per_byte(outcome.validation_loss, blocks))
 
 
-def block_rows(blocks: Artifact, tokenizer: Artifact, source: str | None) -> Rows:
-    """The files of both splits: every shard's blocks in order, then those made of all shards' tails."""
+def block_rows(blocks: Artifact, tokenizer: Artifact, source: str | None, is_within: bool) -> Rows:
+    """The files of both splits: every shard's blocks in order, then those made of all shards' tails.
+
+    is_within: the documents of a block are told apart by the id that closes each, and do not see each other.
+    """
     return Rows(
         train_files=block_files(blocks, "train"),
         validation_files=block_files(blocks, "validation"),
         block_size=blocks.stats["block_size"],
         vocab_size=blocks.stats["vocab_size"],
         content=f"{blocks.content}{tokenizer.content}{source or ''}",
+        boundary_id=blocks.stats["end_of_document_id"] if is_within else None,
     )
 
 

@@ -36,6 +36,7 @@ class Rows:
     block_size: int
     vocab_size: int  # of the tokenizer that made them
     content: str  # the digest of all inputs
+    boundary_id: int | None = None  # closes the documents of a row that are not to see each other
 
 
 @dataclass(frozen=True)
@@ -130,6 +131,7 @@ def make_plan(work: Work, spec: OptimizationSpec, kind: str, rows: Rows, start: 
         resume_from=str(resume) if resume else None,
         facts=facts,
         result_path=str(work.scratch / "result.json"),
+        boundary_id=rows.boundary_id,
         lora=start.lora,
         generation=start.generation,
     )

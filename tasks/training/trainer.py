@@ -41,9 +41,9 @@ class SteppedTrainer(Trainer):
 
     def get_train_dataloader(self) -> Any:
         """This rank's rows from the first step that is still to do."""
-        optimization = self.plan["optimization"]
+        plan, seed = self.plan, self.plan["optimization"]["seed"]
         return training_loader(
-            self.plan["train_files"], optimization["seed"], self.share, self.first_step, self.plan["num_steps"]
+            plan["train_files"], seed, self.share, self.first_step, plan["num_steps"], boundary_id=plan["boundary_id"]
         )
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
@@ -51,13 +51,12 @@ class SteppedTrainer(Trainer):
 
     def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
         """The mean loss over every supervised token of the validation rows, which no batch size or rank count changes."""
-        model, device = self.model_wrapped, self.args.device
+        model, device, plan = self.model_wrapped, self.args.device, self.plan
+        most_rows = plan["optimization"]["max_evaluation_rows"]
         total = torch.zeros(2, dtype=torch.float64, device=device)
         model.eval()
         with torch.no_grad():
-            for batch in validation_batches(
-                self.plan["validation_files"], self.share, self.plan["optimization"]["max_evaluation_rows"]
-            ):
+            for batch in validation_batches(plan["validation_files"], self.share, most_rows, plan["boundary_id"]):
                 total += summed_loss(model, {name: tensor.to(device) for name, tensor in batch.items()})
         if dist.is_initialized():
             dist.all_reduce(total)
