@@ -8,7 +8,8 @@ import inspect
 import logging
 import platform
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -132,7 +133,7 @@ class Stage(Generic[S]):
         if found := store.find(self.kind, key):
             log.debug("%s/%s: found", self.kind, key[:12])
             return found
-        with store.lock(self.kind, key):
+        with store.lock(self.kind, key), _told(f"{self.kind}/{key[:12]}", store.root / ".staging" / self.kind / key):
             if found := store.find(self.kind, key):  # built by another process while this one waited
                 return found
             if damaged := store.load(self.kind, key):
@@ -145,23 +146,29 @@ class Stage(Generic[S]):
     def _build(self, work: Work, spec: S, identity: dict[str, Any], inputs: Mapping[str, Artifact]) -> Artifact:
         key = digest_json(identity)
         wall, cpu = time.perf_counter(), time.process_time()
-        try:
-            built = self.build(work, spec, **inputs)
-            produced_by = {
-                **environment(),
-                "seconds": round(time.perf_counter() - wall, 3),
-                "cpu_seconds": round(time.process_time() - cpu, 3),
-                "inputs": {name: artifact.ref for name, artifact in inputs.items()},
-                "unkeyed": {k: v for k, v in spec.model_dump(mode="json").items() if k not in identity["spec"] and v is not None},
-                **built.produced_by,
-            }
-            artifact = work.store.commit(identity, built.shards, built.stats, produced_by, built.digests)
-        except OSError as error:
-            where = error.filename or work.folder
-            raise StoreError(f"{self.kind}/{key[:12]}: {where}: {error.strerror or error}; mend that and run again") from error
+        built = self.build(work, spec, **inputs)
+        produced_by = {
+            **environment(),
+            "seconds": round(time.perf_counter() - wall, 3),
+            "cpu_seconds": round(time.process_time() - cpu, 3),
+            "inputs": {name: artifact.ref for name, artifact in inputs.items()},
+            "unkeyed": {k: v for k, v in spec.model_dump(mode="json").items() if k not in identity["spec"] and v is not None},
+            **built.produced_by,
+        }
+        artifact = work.store.commit(identity, built.shards, built.stats, produced_by, built.digests)
         level = logging.DEBUG if self.kind.endswith("-shard") else logging.INFO
         log.log(level, "%s/%s: built, %d bytes, %.1f s", self.kind, key[:12], artifact.num_bytes, produced_by["seconds"])
         return artifact
+
+
+@contextmanager
+def _told(ref: str, folder: Path) -> Iterator[None]:
+    """Turns what the file system refuses while ``ref`` is built in ``folder`` into a StoreError that says where."""
+    try:
+        yield
+    except OSError as error:
+        where = error.filename or folder
+        raise StoreError(f"{ref}: {where}: {error.strerror or error}; mend that and run again") from error
 
 
 def stage(

@@ -182,6 +182,13 @@ def test_a_folder_that_cannot_be_a_store_is_an_error_that_says_so(tmp_path: Path
         build_word(ArtifactStore(tmp_path / "file"), Machine(), WordSpec(word="a"))
 
 
+def test_a_staging_folder_that_cannot_be_made_is_an_error_that_names_it(store: ArtifactStore) -> None:
+    store.root.mkdir(parents=True)
+    (store.root / ".staging").write_text("a file, where a folder is to be")
+    with pytest.raises(StoreError, match=r"word/.{12}: .*\.staging.*: Not a directory; mend that and run again"):
+        build_word(store, Machine(), WordSpec(word="a"))
+
+
 def test_a_spec_refuses_an_unknown_field_a_wrong_type_and_a_change() -> None:
     with pytest.raises(ValidationError, match="extra_forbidden"):
         WordSpec(word="a", wrod="b")  # type: ignore[call-arg]
