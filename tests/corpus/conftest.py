@@ -26,7 +26,7 @@ def store_archive(store: ArtifactStore, data: bytes) -> Artifact:
     @stage("archive", revision=1)
     def build_archive(work: Work, spec: BytesSpec) -> Built:
         (work.folder / "archive").write_bytes(data)
-        return Built()
+        return Built({"num_bytes": len(data), "sha256": digest_bytes(data)})
 
     return build_archive(store, Machine(), BytesSpec(digest=digest_bytes(data)))
 
