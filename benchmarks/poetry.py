@@ -135,7 +135,7 @@ def _lines(item: Any) -> list[str]:
     return [entry.strip() for entry in entries if isinstance(entry, str) and entry.strip()]
 
 
-def write_archive(documents: list[str], out: Path) -> None:
+def write_archive(documents: Iterable[str], out: Path) -> None:
     """The documents as JSON lines, in a tar of one member without date or owner, in bzip2."""
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryFile(dir=out.parent) as lines:
