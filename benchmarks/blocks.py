@@ -3,14 +3,15 @@
 from collections.abc import Mapping
 
 from benchmarks.inputs import Inputs, read_inputs
-from benchmarks.measure import measure, pooled
+from benchmarks.measure import measure
 from tasks.corpus.blocks import BlocksSpec, build_blocks
+from tasks.machine import Machine
 from tasks.store import Artifact
 
 
 def run(inputs: Inputs, tokens: Artifact) -> Mapping[str, int]:
-    with pooled(inputs.num_workers) as machine:
-        blocks = build_blocks(inputs.store, machine, BlocksSpec(), tokens=tokens)
+    machine = Machine(num_workers=inputs.num_workers)
+    blocks = build_blocks(inputs.store, machine, BlocksSpec(), tokens=tokens)
     splits = [blocks.stats[split] for split in ("train", "validation")]
     return {
         "bytes": sum(split["num_bytes"] for split in splits),

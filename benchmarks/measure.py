@@ -5,30 +5,13 @@ import os
 import resource
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import ProcessPoolExecutor
-from contextlib import contextmanager
-from multiprocessing import get_context
+from collections.abc import Callable, Mapping
 from typing import Any
 
-from tasks.machine import Machine, die_with_parent
 from tasks.store.stage import environment
 
 # getrusage(2): kilobytes on Linux, bytes on macOS.
 MAXRSS_BYTES = 1 if sys.platform == "darwin" else 1024
-
-
-@contextmanager
-def pooled(num_workers: int) -> Iterator[Machine]:
-    """A machine whose pool ends with the block, so that ``measure`` sees its CPU time: only ended children are counted.
-
-    Open it inside the function that is measured.
-    """
-    start = ProcessPoolExecutor(
-        num_workers, mp_context=get_context("spawn"), initializer=die_with_parent, initargs=(os.getpid(),)
-    )
-    with start as pool:
-        yield Machine(num_workers=num_workers, runner=lambda function, items, label: list(pool.map(function, items)))
 
 
 def measure(stage: str, run: Callable[[], Mapping[str, Any]]) -> dict[str, Any]:

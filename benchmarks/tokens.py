@@ -4,14 +4,15 @@ from collections.abc import Mapping
 from typing import Any
 
 from benchmarks.inputs import Inputs, read_inputs
-from benchmarks.measure import measure, pooled
+from benchmarks.measure import measure
 from tasks.corpus.tokens import TokensSpec, build_tokens
+from tasks.machine import Machine
 from tasks.store import Artifact
 
 
 def run(inputs: Inputs, documents: Artifact, tokenizer: Artifact) -> Mapping[str, Any]:
-    with pooled(inputs.num_workers) as machine:
-        tokens = build_tokens(inputs.store, machine, TokensSpec(), documents=documents, tokenizer=tokenizer)
+    machine = Machine(num_workers=inputs.num_workers)
+    tokens = build_tokens(inputs.store, machine, TokensSpec(), documents=documents, tokenizer=tokenizer)
     splits = [tokens.stats[split] for split in ("train", "validation")]
     return {
         "bytes": sum(split["num_bytes"] for split in splits),

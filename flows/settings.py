@@ -28,7 +28,10 @@ class Settings(BaseSettings):
     model_config = SettingsConfigDict(env_prefix=ENV_PREFIX, frozen=True, extra="forbid")
 
     store: Path = Field(Path("~/.cache/seqmill"), description="the folder of all artifacts")
-    num_workers: int | None = Field(None, ge=1, description="corpus processes; absent: one a core")
+    num_workers: int | None = Field(None, ge=1, description="corpus workers; absent: one a core")
+    pool: Literal["threads", "processes"] | None = Field(
+        None, description="what corpus workers are; absent: threads of one process, up to 8 of them, else processes"
+    )
     num_ranks: int | None = Field(None, ge=1, description="training ranks; absent: one a GPU, else one a core")
     micro_batch_size: int | None = Field(None, ge=1, description="rows per device per forward; absent: derived")
     threads_per_rank: int = Field(1, ge=1, description="CPU threads a rank")
@@ -58,6 +61,7 @@ class Settings(BaseSettings):
         endpoints = {"huggingface": self.huggingface_endpoint, "modelscope": self.modelscope_endpoint}
         return Machine(
             num_workers=self.num_workers or num_cores(),
+            pool=self.pool,
             endpoints={name: url for name, url in endpoints.items() if url},
             training=TrainingSettings(
                 num_ranks=self.num_ranks,

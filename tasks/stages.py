@@ -5,7 +5,7 @@ the state ``Cached``; one that was built, in ``Completed``. Only small reference
 """
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -22,7 +22,8 @@ from tasks.corpus.examples import build_examples
 from tasks.corpus.tokenizer import build_tokenizer
 from tasks.corpus.tokens import build_tokens
 from tasks.machine import Machine, ShardRunner
-from tasks.report.report import build_report, prefect_tables
+from tasks.report.corpus import shown_markdown, shown_tables
+from tasks.report.report import build_report, prefect_markdown, prefect_tables
 from tasks.store import Artifact, ArtifactStore, Spec, Stage
 from tasks.training.adapter import build_adapter
 from tasks.training.evaluation import build_evaluation
@@ -59,25 +60,33 @@ def in_groups(machine: Machine) -> ShardRunner:
         size = max(1, -(-len(items) // MOST_GROUPS))
         groups = [list(items[start : start + size]) for start in range(0, len(items), size)]
         names = [f"{label} {i * size}-{i * size + len(group) - 1}" for i, group in enumerate(groups)]
-        if machine.num_workers == 1 or len(items) == 1:
-            inline = replace(machine, num_workers=1)
-            results = [
-                shard_group(name, inline, function, group, return_state=True).result()
-                for name, group in zip(names, groups, strict=True)
-            ]
-        else:
-            futures = [shard_group.submit(name, machine, function, group) for name, group in zip(names, groups, strict=True)]
-            results = [future.result() for future in futures]
-        return [artifact for group in results for artifact in group]
+        artifacts: list[Any] = []
+        with machine.progress(label, len(items), "shards") as advance:
+            for result in _run_groups(machine, function, names, groups):
+                artifacts += result
+                advance(len(result))
+        return artifacts
 
     return run
+
+
+def _run_groups(
+    machine: Machine, function: Callable[[Any], Any], names: Sequence[str], groups: Sequence[list[Any]]
+) -> Iterator[list[Any]]:
+    """Each group's artifacts, in order; a Prefect task each, all at once where there is more than one worker."""
+    if machine.num_workers == 1:
+        for name, group in zip(names, groups, strict=True):
+            yield shard_group(name, machine, function, group, return_state=True).result()
+        return
+    futures = [shard_group.submit(name, machine, function, group) for name, group in zip(names, groups, strict=True)]
+    for future in futures:
+        yield future.result()
 
 
 @task(name="shards", task_run_name="{name}", cache_policy=NO_CACHE, persist_result=False)
 def shard_group(name: str, machine: Machine, function: Callable[[Any], Any], items: list[Any]) -> State[Any]:
     """One group of shards."""
-    inline = machine.num_workers == 1
-    artifacts = [function(item) for item in items] if inline else machine.run_in_pool(function, items, name)
+    artifacts = machine.run_in_pool(function, items, name)
     return _ended(artifacts, artifacts, f"{sum(artifact.found for artifact in artifacts)} of {len(artifacts)} shards found")
 
 
@@ -86,20 +95,27 @@ def _ended(artifacts: list[Artifact], data: Any, message: str) -> State[Any]:
     return Completed(name="Cached" if found else "Completed", message=message, data=data)
 
 
+def publish_corpus(artifact: Artifact) -> None:
+    """Show documents, tokens, blocks or examples in the Prefect UI: facts and plots as markdown, ledger and shards as tables."""
+    create_markdown_artifact(key=artifact.kind, markdown=shown_markdown(artifact), description=artifact.ref)
+    for name, rows in shown_tables(artifact).items():
+        create_table_artifact(key=name, table=rows, description=f"{name} of {artifact.ref}")
+
+
 def publish_report(report: Artifact) -> None:
-    """Show a report in the Prefect UI: its short version as markdown, its tables as tables."""
-    create_markdown_artifact(key="report", markdown=report.file("report.md").read_text(encoding="utf-8"), description=report.ref)
+    """Show a report in the Prefect UI: its short version with its main plots as markdown, its tables as tables."""
+    create_markdown_artifact(key="report", markdown=prefect_markdown(report), description=report.ref)
     for name, rows in prefect_tables(report).items():
         create_table_artifact(key=name, table=rows, description=f"{name} of {report.ref}")
 
 
 fetch = as_task(build_archive)
-split = as_task(build_documents)
+split = as_task(build_documents, publish_corpus)
 find_tokenizer = as_task(build_tokenizer)
-tokenize = as_task(build_tokens)
-pack = as_task(build_blocks)
+tokenize = as_task(build_tokens, publish_corpus)
+pack = as_task(build_blocks, publish_corpus)
 pretrain = as_task(build_pretrained)
-make_examples = as_task(build_examples)
+make_examples = as_task(build_examples, publish_corpus)
 finetune = as_task(build_finetuned)
 adapt = as_task(build_adapter)
 evaluate = as_task(build_evaluation)

@@ -8,7 +8,8 @@ Writes  blocks-shard  blocks.arrow           BLOCKS: input_ids, block_size ids a
 """
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +40,7 @@ class BlocksSpec(Spec):
 
 @stage("blocks", revision=1)
 def build_blocks(work: Work, spec: BlocksSpec, tokens: Artifact) -> Built:
-    """Pack every tokens shard in the process pool, then the tails of each split; less than one block a split is dropped."""
+    """Pack every tokens shard in the pool, then the tails of each split; less than one block a split is dropped."""
     listed = list(tokens.shards())
     items = [ShardWork(spec, {"tokens": load_shard(work.store, entry)}) for entry in listed]
     artifacts = build_shards(work, build_blocks_shard, pack_in_pool, items, "blocks")
@@ -66,7 +67,8 @@ def _pack_tails(path: Path, shards: Sequence[Artifact], block_size: int) -> dict
     tails = [read_tail(shard.file("tail.arrow")) for shard in shards]
     blocks, remainder = pack(np.concatenate([np.empty(0, np.int32), *tails]), block_size)
     if len(blocks):
-        write_blocks(path, blocks)
+        with open_blocks(path, block_size) as writer:
+            writer.write(blocks)
     else:
         path.unlink(missing_ok=True)
     counts = {name: sum(shard.stats[name] for shard in shards) for name in ("num_tokens", "num_documents", "num_bytes")}
@@ -76,7 +78,7 @@ def _pack_tails(path: Path, shards: Sequence[Artifact], block_size: int) -> dict
 
 
 def pack_in_pool(item: ShardWork) -> Artifact:
-    """Build one blocks shard in this process of the pool."""
+    """Build one blocks shard in this worker of the pool."""
     spec = item.spec
     assert isinstance(spec, BlocksSpec)
     return build_blocks_shard(ArtifactStore(item.inputs["tokens"].root), Machine(), spec, **item.inputs)
@@ -85,13 +87,23 @@ def pack_in_pool(item: ShardWork) -> Artifact:
 @stage("blocks-shard", revision=1)
 def build_blocks_shard(work: Work, spec: BlocksSpec, tokens: Artifact) -> Built:
     """Pack one tokens shard."""
-    ids = read_ids(tokens.file("tokens.arrow"))
-    assert len(ids) == tokens.stats["num_tokens"], "the tokens shard has another number of tokens than it says"
-    blocks, tail = pack(ids, spec.block_size)
-    write_blocks(work.folder / "blocks.arrow", blocks)
+    source, target = tokens.file("tokens.arrow"), work.folder / "blocks.arrow"
+    num_blocks, tail = pack_shard(source, target, spec.block_size)
+    found = num_blocks * spec.block_size + len(tail)
+    assert found == tokens.stats["num_tokens"], f"{source} has {found} tokens, and says that it has {tokens.stats['num_tokens']}"
     write_tail(work.folder / "tail.arrow", tail)
     counts = {name: tokens.stats[name] for name in ("num_tokens", "num_documents", "num_bytes")}
-    return Built(stats={**counts, "num_blocks": len(blocks), "num_tail": len(tail)})
+    return Built(stats={**counts, "num_blocks": num_blocks, "num_tail": len(tail)})
+
+
+def pack_shard(source: Path, target: Path, block_size: int) -> tuple[int, Ids]:
+    """Pack a tokens shard into ``target``; returns the number of blocks, and the tail. Holds a few MB at any size."""
+    tail = np.empty(0, np.int32)
+    with open_blocks(target, block_size) as writer:
+        for ids in read_ids(source):
+            blocks, tail = pack(np.concatenate([tail, ids]), block_size)
+            writer.write(blocks)
+    return writer.num_blocks, tail
 
 
 def pack(ids: Ids, block_size: int) -> tuple[Ids, Ids]:
@@ -104,24 +116,53 @@ def pack(ids: Ids, block_size: int) -> tuple[Ids, Ids]:
     return ids[:end].reshape(-1, block_size), ids[end:]
 
 
-def read_ids(path: Path) -> Ids:
-    """All ids of a tokens shard, end to end."""
-    with pa.memory_map(str(path)) as source:
+def read_ids(path: Path) -> Iterator[Ids]:
+    """The ids of a tokens shard, end to end, at least BATCH_IDS at a time but for the last."""
+    waiting: list[Ids] = []
+    with pa.OSFile(str(path)) as source:  # not mapped: pages that were read would count as this process's memory
         reader = pa.ipc.open_file(source)
-        batches = (reader.get_batch(i).column(0).flatten().to_numpy() for i in range(reader.num_record_batches))
-        return np.concatenate([np.empty(0, np.int32), *batches])
+        for number in range(reader.num_record_batches):
+            waiting.append(reader.get_batch(number).column(0).flatten().to_numpy())
+            if sum(map(len, waiting)) >= BATCH_IDS:
+                yield np.concatenate(waiting)
+                waiting = []
+    if waiting:
+        yield np.concatenate(waiting)
 
 
-def write_blocks(path: Path, blocks: Ids) -> None:
-    """Write blocks (num_blocks, block_size) as BLOCKS."""
-    block_size = blocks.shape[1]
-    schema, rows = blocks_schema(block_size), max(1, BATCH_IDS // block_size)
-    with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_stream(sink, schema) as writer:
-        # One empty batch where there is no block: datasets opens no stream without a batch.
-        for start in range(0, max(len(blocks), 1), rows):
-            values = pa.array(blocks[start : start + rows].reshape(-1))
-            column = pa.FixedSizeListArray.from_arrays(values, type=schema.field(0).type)
-            writer.write_batch(pa.record_batch([column], schema=schema))
+class BlocksWriter:
+    """Writes blocks (n, block_size), taken however many at a time, in record batches of BATCH_IDS ids."""
+
+    def __init__(self, writer: Any, block_size: int) -> None:
+        self.writer, self.schema = writer, blocks_schema(block_size)
+        self.rows = max(1, BATCH_IDS // block_size)
+        self.waiting = np.empty((0, block_size), np.int32)
+        self.num_blocks = 0
+
+    def write(self, blocks: Ids) -> None:
+        self.num_blocks += len(blocks)
+        self.waiting = np.concatenate([self.waiting, blocks])
+        while len(self.waiting) >= self.rows:
+            self._write_batch(self.waiting[: self.rows])
+            self.waiting = self.waiting[self.rows :]
+
+    def finish(self) -> None:
+        """Write what waits; one empty batch where there is no block: datasets opens no stream without a batch."""
+        if len(self.waiting) or not self.num_blocks:
+            self._write_batch(self.waiting)
+
+    def _write_batch(self, blocks: Ids) -> None:
+        column = pa.FixedSizeListArray.from_arrays(pa.array(blocks.reshape(-1)), type=self.schema.field(0).type)
+        self.writer.write_batch(pa.record_batch([column], schema=self.schema))
+
+
+@contextmanager
+def open_blocks(path: Path, block_size: int) -> Iterator[BlocksWriter]:
+    """A BLOCKS file that is being written."""
+    with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_stream(sink, blocks_schema(block_size)) as stream:
+        writer = BlocksWriter(stream, block_size)
+        yield writer
+        writer.finish()
 
 
 def write_tail(path: Path, tail: Ids) -> None:

@@ -6,7 +6,7 @@ Writes  tokens-shard     tokens.arrow       TOKENS: input_ids, every row closed 
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from functools import lru_cache
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -16,18 +16,23 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from pydantic import Field
 
-from tasks.corpus.encoder import Encoded, MismatchError, encoder_for, one_core
+from tasks.corpus.encoder import Encoded, MismatchError, encoder_for, forget_encoders, one_core, start_encoder
 from tasks.corpus.shards import ShardWork, build_shards, load_shard
-from tasks.corpus.tokenizer import TOKENIZER_JSON, Vocabulary, read_vocabulary
+from tasks.corpus.tokenizer import TOKENIZER_JSON, read_vocabulary
 from tasks.errors import CorpusError
 from tasks.machine import Machine
 from tasks.schemas import DOCUMENTS, SPLITS, TOKENS
-from tasks.store import Artifact, ArtifactStore, Built, Digest, ShardEntry, Spec, Work, shard_entry, stage
+from tasks.store import Artifact, ArtifactStore, Built, ShardEntry, Spec, Work, shard_entry, stage
 
-# One call of the encoder, and one record batch: enough work for every core, and the reference's memory (about 150 bytes a token)
-# stays under 200 MB. Another number gives the same rows in other batches, and so other bytes: raise the revision with it.
-BATCH_DOCUMENTS = 1_000
-BATCH_CHARACTERS = 1 << 20
+# One call of the encoder: its threads' work for a few milliseconds; the reference's memory (about 150 bytes a token) stays
+# under 50 MB. Neither number shows in the bytes.
+BATCH_DOCUMENTS = 250
+BATCH_CHARACTERS = 1 << 18
+
+# A record batch ends with the document that brings it to so many ids: 1 MB. Raise the shard's revision when you change it.
+RECORD_IDS = 1 << 18
+
+READ_BYTES = 1 << 20  # one read of a shard; without it, and by reading ahead, Parquet holds the whole file
 
 # Encodes texts, told the number of the first of them in its shard.
 EncodeBatch = Callable[[Sequence[str], int], Encoded]
@@ -41,27 +46,47 @@ class TokensSpec(Spec):
 
 @stage("tokens", revision=1)
 def build_tokens(work: Work, spec: TokensSpec, documents: Artifact, tokenizer: Artifact) -> Built:
-    """Tokenize every documents shard in the process pool."""
-    vocabulary = vocabulary_of(tokenizer.file(TOKENIZER_JSON), tokenizer.content)
-    end_id = vocabulary.ids.get(spec.end_of_document)
-    if end_id is None:
-        raise CorpusError(
-            f"{tokenizer.ref}: no token {spec.end_of_document!r} to close documents with; its special tokens are "
-            f"{', '.join(vocabulary.special) or 'none'}: set tokens.end_of_document to one of its tokens"
-        )
+    """Tokenize every documents shard in the pool."""
+    end_id = end_of_document_id(spec, tokenizer)
     listed = list(documents.shards())
     items = [ShardWork(spec, {"documents": load_shard(work.store, entry), "tokenizer": tokenizer}) for entry in listed]
-    artifacts = build_shards(work, build_tokens_shard, tokenize_in_pool, items, "tokens")
+    with encoding(tokenizer, work.machine):
+        artifacts = build_shards(work, build_tokens_shard, tokenize_in_pool, items, "tokens")
     entries = tuple(shard_entry(entry.name, artifact) for entry, artifact in zip(listed, artifacts, strict=True))
     splits = {split: _sum_stats([entry for entry in entries if entry.split == split]) for split in SPLITS}
     num_tokens = sum(split["num_tokens"] for split in splits.values())
     stats = {
         "end_of_document_id": end_id,
-        "vocab_size": vocabulary.size,
+        "vocab_size": tokenizer.stats["vocab_size"],
         **splits,
         "bytes_per_token": round(sum(split["num_bytes"] for split in splits.values()) / max(num_tokens, 1), 4),
     }
     return Built(stats=stats, shards=entries, produced_by={"encoders": _encoders(artifacts)})
+
+
+def end_of_document_id(spec: TokensSpec, tokenizer: Artifact) -> int:
+    """The id that closes every document. Raises CorpusError where the tokenizer has no such token."""
+    special: dict[str, int] = tokenizer.stats["special_tokens"]
+    if spec.end_of_document in special:
+        return special[spec.end_of_document]
+    found = read_vocabulary(tokenizer.file(TOKENIZER_JSON)).ids.get(spec.end_of_document)
+    if found is None:
+        raise CorpusError(
+            f"{tokenizer.ref}: no token {spec.end_of_document!r} to close documents with; its special tokens are "
+            f"{', '.join(special) or 'none'}: set tokens.end_of_document to one of its tokens"
+        )
+    return found
+
+
+@contextmanager
+def encoding(tokenizer: Artifact, machine: Machine) -> Iterator[None]:
+    """The encoder of a tokenizer ready in this process where this process's threads will use it, and gone afterwards."""
+    if not machine.has_processes:
+        start_encoder(tokenizer.file(TOKENIZER_JSON), tokenizer.content, machine.num_workers)
+    try:
+        yield
+    finally:
+        forget_encoders()
 
 
 def _sum_stats(entries: Sequence[ShardEntry]) -> dict[str, int]:
@@ -76,7 +101,7 @@ def _encoders(artifacts: Sequence[Artifact]) -> dict[str, int]:
 
 
 def tokenize_in_pool(item: ShardWork) -> Artifact:
-    """Build one tokens shard in this process of the pool."""
+    """Build one tokens shard in this worker of the pool."""
     store = ArtifactStore(item.inputs["documents"].root)
     spec = item.spec
     assert isinstance(spec, TokensSpec)
@@ -84,11 +109,10 @@ def tokenize_in_pool(item: ShardWork) -> Artifact:
         return build_tokens_shard(store, Machine(), spec, **item.inputs)
 
 
-@stage("tokens-shard", revision=1)
+@stage("tokens-shard", revision=2)
 def build_tokens_shard(work: Work, spec: TokensSpec, documents: Artifact, tokenizer: Artifact) -> Built:
     """Tokenize one documents shard, by the reference where the fast encoder is found to differ."""
-    path = tokenizer.file(TOKENIZER_JSON)
-    encoder, end_id = encoder_for(path, tokenizer.content), vocabulary_of(path, tokenizer.content).ids[spec.end_of_document]
+    encoder, end_id = encoder_for(tokenizer.file(TOKENIZER_JSON), tokenizer.content), end_of_document_id(spec, tokenizer)
     source, target = documents.file("documents.parquet"), work.folder / "tokens.arrow"
     try:
         num_tokens = tokenize_shard(source, target, encoder.encode, end_id)
@@ -102,27 +126,58 @@ def build_tokens_shard(work: Work, spec: TokensSpec, documents: Artifact, tokeni
     )
 
 
-@lru_cache(maxsize=2)
-def vocabulary_of(path: Path, digest: Digest) -> Vocabulary:
-    """The tokens of a tokenizer.json, read once a process; ``digest`` keeps apart what may lie at one path."""
-    return read_vocabulary(path)
-
-
 def tokenize_shard(source: Path, target: Path, encode: EncodeBatch, end_id: int) -> int:
     """Write ``target``, which exists only once it is complete; returns the number of tokens."""
-    partial, num_documents, num_tokens = target.with_suffix(".partial"), 0, 0
+    partial, num_documents = target.with_suffix(".partial"), 0
     with (
-        pq.ParquetFile(source) as table,
+        pq.ParquetFile(source, pre_buffer=False, buffer_size=READ_BYTES) as table,
         pa.OSFile(str(partial), "wb") as sink,
-        pa.ipc.new_file(sink, TOKENS) as writer,
+        pa.ipc.new_file(sink, TOKENS) as file,
     ):
+        writer = TokensWriter(file)
         for texts in read_batches(table):
-            encoded = close_documents(encode(texts, num_documents), end_id)
-            writer.write_batch(to_batch(encoded))
+            writer.write(close_documents(encode(texts, num_documents), end_id))
             num_documents += len(texts)
-            num_tokens += len(encoded.ids)
+        writer.finish()
     partial.rename(target)
-    return num_tokens
+    return writer.num_tokens
+
+
+class TokensWriter:
+    """Writes documents' ids, taken however many at a time, in record batches that the documents alone decide."""
+
+    def __init__(self, file: Any) -> None:
+        self.file = file
+        self.waiting: list[Encoded] = []
+        self.num_waiting = self.num_tokens = 0
+
+    def write(self, encoded: Encoded) -> None:
+        self.waiting.append(encoded)
+        self.num_waiting += len(encoded.ids)
+        self.num_tokens += len(encoded.ids)
+        if self.num_waiting >= RECORD_IDS:
+            self._write_full_batches()
+
+    def finish(self) -> None:
+        if self.waiting:
+            self.file.write_batch(to_batch(join(self.waiting)))
+
+    def _write_full_batches(self) -> None:
+        ids, offsets = join(self.waiting)
+        while len(ids) >= RECORD_IDS:
+            last = int(np.searchsorted(offsets, RECORD_IDS))
+            end = offsets[last]
+            self.file.write_batch(to_batch(Encoded(ids[:end], offsets[: last + 1])))
+            ids, offsets = ids[end:], offsets[last:] - end
+        self.waiting = [Encoded(ids, offsets)] if len(offsets) > 1 else []
+        self.num_waiting = len(ids)
+
+
+def join(pieces: Sequence[Encoded]) -> Encoded:
+    """Several texts' ids end to end."""
+    starts = np.cumsum([0, *(len(piece.ids) for piece in pieces)])
+    ends = [piece.offsets[1:] + start for piece, start in zip(pieces, starts[:-1], strict=True)]
+    return Encoded(np.concatenate([piece.ids for piece in pieces]), np.concatenate([np.zeros(1, np.int64), *ends]))
 
 
 def read_batches(table: Any) -> Iterator[list[str]]:

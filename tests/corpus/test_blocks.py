@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tasks.corpus.blocks import BlocksSpec, build_blocks, pack, read_ids, read_tail, write_blocks, write_tail
+from tasks.corpus.blocks import BlocksSpec, build_blocks, open_blocks, pack, read_ids, read_tail, write_tail
 from tasks.corpus.tokens import TokensSpec, build_tokens
 from tasks.errors import CorpusError
 from tasks.machine import Machine
@@ -48,6 +48,12 @@ def test_packing_shard_by_shard_keeps_every_token_in_order(shards: list[list[int
     num_blocks = len(last) + sum(len(blocks) for blocks, _ in packed)
     assert sum(map(len, shards)) == num_blocks * block_size + len(remainder)
     assert len(remainder) < block_size
+
+
+def write_blocks(path: Path, blocks: Any) -> None:
+    with open_blocks(path, blocks.shape[1]) as writer:
+        for half in np.array_split(blocks, 2):
+            writer.write(half)
 
 
 @pytest.mark.parametrize("num_blocks", [0, 1, 5])
@@ -117,7 +123,7 @@ def test_blocks_and_tails_hold_every_token_of_their_split(
     for split in ("train", "validation"):
         whole, tails = [], []
         for entry in tokens.shards(split):
-            ids = read_ids(tokens.shard_file(entry, "tokens.arrow")).tolist()
+            ids = np.concatenate(list(read_ids(tokens.shard_file(entry, "tokens.arrow")))).tolist()
             end = len(ids) - len(ids) % block_size
             whole, tails = whole + ids[:end], tails + ids[end:]
         flat = [token for row in all_rows(artifact, split) for token in row]

@@ -200,9 +200,9 @@ def test_a_fast_path_that_differs_leaves_the_reference_s_tokens_and_is_recorded(
     expected = build(store, documents, tokenizer)
     forget(store, "tokens", "tokens-shard")
     monkeypatch.setattr(encoder, "fast_encode", wrong)
-    encoder.encoder_for.cache_clear()
+    encoder.forget_encoders()
     found = build(store, documents, tokenizer)
-    encoder.encoder_for.cache_clear()
+    encoder.forget_encoders()
     assert found.content == expected.content
     assert found.manifest.produced_by["encoders"] == {"tokenizers": 1}
     (entry,) = found.shards()
@@ -220,9 +220,9 @@ def test_a_shard_that_does_not_agree_decides_nothing_for_the_shards_behind_it(
 
     documents = documents_of(["first", "second", "third"], shard_bytes=1)
     monkeypatch.setattr(encoder, "fast_encode", wrong_for_one)
-    encoder.encoder_for.cache_clear()
+    encoder.forget_encoders()
     found = build(store, documents, tokenizer)
-    encoder.encoder_for.cache_clear()
+    encoder.forget_encoders()
     assert found.manifest.produced_by["encoders"] == {"tokenizers": 1, "fastokens": 2}
 
 
