@@ -13,14 +13,14 @@ from typing import Any
 import orjson
 
 from tasks.report import tables
+from tasks.report.corpus import conversations_table, corpus_facts, corpus_plots, corpus_tables
 from tasks.report.curves import Training, bits_per_loss, training_of
 from tasks.report.numbers import count, percent, whole
-from tasks.report.plots import Plot, accuracy_plot, lengths_plot, shards_plot
+from tasks.report.plots import Plot, accuracy_plot
 from tasks.report.tables import Artifacts, Table
 
 MODELS = ("pretrained", "finetuned", "adapter")
 LISTED_WRONG = 6
-PLOTTED_SHARDS = 4  # fewer are seen at a glance in their table
 PROMPT_CHARACTERS = 240
 USER_TURN = re.compile(r"<\|im_start\|>user\n(.*?)<\|im_end\|>", re.DOTALL)
 MARKER = re.compile(r"<\|[^|<>]*\|>")
@@ -53,6 +53,7 @@ class Page:
     summary: str
     figures: tuple[Figure, ...]
     stages: Table
+    corpus_facts: tuple[tuple[str, str], ...]
     corpus: dict[str, Table]
     corpus_plots: tuple[Plot, ...]
     trainings: tuple[Training, ...]
@@ -90,10 +91,11 @@ def page_of(artifacts: Artifacts, title: str | None) -> Page:
         summary=summary(artifacts),
         figures=tuple(figures(artifacts, trainings, evaluations, bits)),
         stages=tables.stages_table(artifacts),
+        corpus_facts=tuple(corpus_facts(artifacts)),
         corpus=dict(corpus_tables(artifacts)),
         corpus_plots=tuple(corpus_plots(artifacts)),
         trainings=trainings,
-        conversations=tables.conversations_table(artifacts["examples"]) if "examples" in artifacts else None,
+        conversations=conversations_table(artifacts["examples"]) if "examples" in artifacts else None,
         accuracy=tables.accuracy_table(evaluations) if evaluations else None,
         accuracy_plot=plot_of_accuracy(held_out),
         confusions={name: table for name, told in held_out.items() if (table := tables.confusion_table(told))},
@@ -159,28 +161,6 @@ def trained_figure(artifacts: Artifacts) -> Figure:
     if blocks and rows and num_steps:
         return Figure("Tokens of pretraining", count(num_steps * rows * blocks.stats["block_size"]), steps)
     return Figure("Pretraining", steps)
-
-
-def corpus_tables(artifacts: Artifacts) -> Iterator[tuple[str, Table]]:
-    if documents := artifacts.get("documents"):
-        yield "splits", tables.splits_table(artifacts)
-        yield "lines", tables.lines_table(documents)
-        if found := tables.quarantine_tables(documents):
-            yield from zip(("reasons", "quarantined"), found, strict=True)
-    if blocks := artifacts.get("blocks"):
-        yield "packing", tables.packing_table(blocks)
-    if documents:
-        yield "shards", tables.shards_table(artifacts)
-
-
-def corpus_plots(artifacts: Artifacts) -> Iterator[Plot]:
-    if not (documents := artifacts.get("documents")):
-        return
-    if histogram := documents.stats.get("length_histogram"):
-        yield lengths_plot(histogram)
-    sizes = {split: [entry.stats["num_bytes"] for entry in documents.shards(split)] for split in ("train", "validation")}
-    if sum(map(len, sizes.values())) >= PLOTTED_SHARDS:
-        yield shards_plot(sizes["train"], sizes["validation"])
 
 
 def plot_of_accuracy(held_out: Mapping[str, dict[str, Any]]) -> Plot | None:

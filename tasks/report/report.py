@@ -7,7 +7,6 @@ Writes  report.html   one self-contained page: no request, plots inside, light a
         *.png         the plots
 """
 
-from base64 import b64encode
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -15,12 +14,13 @@ from typing import Any
 import orjson
 from pydantic import Field
 
+from tasks.report.corpus import inline_image
 from tasks.report.page import Page, page_of
 from tasks.report.tables import Table
 from tasks.store import Artifact, Built, Spec, Work, stage
 
 TEMPLATES = Path(__file__).parent
-MAIN_PLOTS = ("pretrained-loss.png", "accuracy.png")
+MAIN_PLOTS = ("pretrained-loss.png", "accuracy.png", "lengths.png")
 
 
 class ReportSpec(Spec):
@@ -29,7 +29,7 @@ class ReportSpec(Spec):
     title: str | None = Field(None, description="headline of the page; absent: a plain one")
 
 
-@stage("report", revision=1)
+@stage("report", revision=2)
 def build_report(
     work: Work,
     spec: ReportSpec,
@@ -107,7 +107,7 @@ def prefect_markdown(report: Artifact) -> str:
     """The short version of a finished report with its main plots inside, as Prefect's UI shows them."""
     text = report.file("report.md").read_text(encoding="utf-8")
     plots = [name for name in MAIN_PLOTS if report.has_file(name)]
-    images = [f"![{name}](data:image/png;base64,{b64encode(report.file(name).read_bytes()).decode()})" for name in plots]
+    images = [inline_image(name, report.file(name).read_bytes()) for name in plots]
     return "\n\n".join([text, *images])
 
 

@@ -104,13 +104,13 @@ def test_text_of_the_corpus_is_never_markup(html: str, report: Artifact) -> None
 def test_the_short_version_has_tables_of_one_width(report: Artifact) -> None:
     text = report.file("report.md").read_text(encoding="utf-8")
     tables = [block.splitlines() for block in text.split("\n\n") if block.startswith("|")]
-    assert len(tables) == 3
+    assert len(tables) == 8
     assert all(len({line.count("|") for line in table}) == 1 for table in tables)
 
 
 def test_prefect_gets_the_tables_by_keys_that_it_takes(report: Artifact) -> None:
     tables = prefect_tables(report)
-    assert {"stages", "splits", "lines", "packing", "shards", "accuracy"} <= set(tables)
+    assert {"stages", "splits", "lines", "packing", "quarantined", "shard-sizes", "shards", "accuracy"} <= set(tables)
     assert all(re.fullmatch(r"[a-z0-9-]+", name) for name in tables)
     assert tables["stages"][1]["Made from"] == "archive"
 
@@ -118,7 +118,7 @@ def test_prefect_gets_the_tables_by_keys_that_it_takes(report: Artifact) -> None
 def test_prefect_gets_the_main_plots_inside_the_text(report: Artifact) -> None:
     text = prefect_markdown(report)
     assert text.startswith("# Reviews &amp; news")
-    assert re.findall(r"!\[(.*?)\]\(data:image/png;base64,iVBOR", text) == ["pretrained-loss.png", "accuracy.png"]
+    assert re.findall(r"!\[(.*?)\]\(data:image/png;base64,iVBOR", text) == ["pretrained-loss.png", "accuracy.png", "lengths.png"]
 
 
 def test_the_plots_are_files_too(report: Artifact) -> None:

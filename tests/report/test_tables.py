@@ -1,4 +1,4 @@
-"""Tables, from hand-made artifacts."""
+"""Tables on the whole run, from hand-made artifacts."""
 
 import pytest
 
@@ -29,51 +29,6 @@ def test_keys_are_cut_to_what_a_person_types(artifacts: dict[str, Artifact]) -> 
     row = tables.stages_table(artifacts).rows[1]
     assert row[2] == artifacts["documents"].key[:12]
     assert row[3] == artifacts["documents"].content[:12]
-
-
-def test_lines_add_up_and_those_of_nothing_are_left_out(artifacts: dict[str, Artifact]) -> None:
-    assert tables.lines_table(artifacts["documents"]).rows == (
-        ("documents", "52,850", "98.0%"),
-        ("duplicates of a document before", "1,079", "2.0%"),
-        ("blank", "1", "<0.1%"),
-        ("quarantined", "3", "<0.1%"),
-        ("lines read", "53,933", "100.0%"),
-    )
-
-
-def test_quarantine_counts_reasons_and_shows_bytes_that_are_not_utf8(artifacts: dict[str, Artifact]) -> None:
-    found = tables.quarantine_tables(artifacts["documents"])
-    assert found
-    assert found[0].rows == (("not JSON", "2"), ("not UTF-8", "1"))
-    assert found[1].rows[1] == ("not UTF-8", '{"text": "\ufffd\ufffd"}', "212")
-
-
-def test_packing_shows_every_token(artifacts: dict[str, Artifact]) -> None:
-    table = tables.packing_table(artifacts["blocks"])
-    assert table.rows[1] == ("validation", "53,690", "26", "53,248", "442")
-
-
-def test_splits_show_bytes_a_token(artifacts: dict[str, Artifact]) -> None:
-    train = tables.splits_table(artifacts).rows[0]
-    assert train == ("train", "52,310", "21.4 MB", "7.30 M", "5.13 M", "4.17", "24")
-
-
-def test_splits_without_tokens_leave_dashes(artifacts: dict[str, Artifact]) -> None:
-    assert tables.splits_table({"documents": artifacts["documents"]}).rows[0][4:6] == ("–", "–")
-
-
-def test_shards_beyond_twenty_are_counted(artifacts: dict[str, Artifact]) -> None:
-    table = tables.shards_table(artifacts)
-    assert len(table.rows) == 20
-    assert table.note == "and 5 more"
-    assert table.rows[0][0] == "train/00000"
-    assert table.rows[0][5] == "213,000"
-
-
-def test_conversations_show_the_share_that_carries_loss(artifacts: dict[str, Artifact]) -> None:
-    table = tables.conversations_table(artifacts["examples"])
-    assert table.rows[-1] == ("conversations read", "15,711", "100.0%")
-    assert "6.5% of the tokens carry loss" in table.note
 
 
 def test_accuracy_stands_beside_the_baseline() -> None:
