@@ -1,5 +1,6 @@
 # make demo   the whole DAG on real text, from a fresh clone
 # make test   lint, types, import contracts and the fast suite, from a fresh clone
+# make faults KILLS=2000 SEED=7   kill -9 of corpus builds at so many moments drawn from the seed
 # make ui     the Prefect UI over the runs that the store remembers
 
 PYTHON ?= python3
@@ -7,7 +8,10 @@ BIN := .venv/bin
 SEQMILL := $(BIN)/seqmill
 INSTALL := $(BIN)/pip install --quiet --disable-pip-version-check --constraint requirements.lock --editable
 
-.PHONY: demo test lint types contracts suite slow ui lock clean
+KILLS ?= 300
+SEED ?= 7
+
+.PHONY: demo test lint types contracts suite slow faults ui lock clean
 
 demo: .venv/.demo
 	$(SEQMILL) demo-data data/demo
@@ -30,6 +34,9 @@ suite: .venv/.dev
 
 slow: .venv/.dev
 	$(BIN)/pytest -m slow
+
+faults: .venv/.dev
+	$(BIN)/python -m tests.faults.kills --kills $(KILLS) --seed $(SEED)
 
 ui: .venv/.demo
 	$(SEQMILL) ui
