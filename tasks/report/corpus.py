@@ -90,10 +90,12 @@ def corpus_facts(artifacts: Artifacts) -> Iterator[tuple[str, str]]:
         if total["num_tokens"]:
             yield "Bytes per token", f"{total['num_bytes'] / total['num_tokens']:.2f}"
         if encoders := tokens.manifest.produced_by.get("encoders"):
-            yield "Encoded by", ", ".join(f"{name} ({shards} shards)" for name, shards in encoders.items())
+            num_shards = sum(encoders.values())
+            several = [f"{name} ({shards} of {num_shards} shards)" for name, shards in encoders.items()]
+            yield "Encoded by", ", ".join(several if len(several) > 1 else encoders)
     if blocks := artifacts.get("blocks"):
         num_blocks = sum(blocks.stats[split]["num_blocks"] for split in SPLITS)
-        yield "Blocks", f"{whole(num_blocks)} of {whole(blocks.stats['block_size'])}"
+        yield "Blocks", f"{whole(num_blocks)} × {whole(blocks.stats['block_size'])} ids"
 
 
 def lines_table(documents: Artifact) -> Table:
@@ -241,10 +243,9 @@ def _own_tables(artifact: Artifact) -> Iterator[tuple[str, Table | None]]:
 def shown_markdown(artifact: Artifact) -> str:
     """One corpus artifact alone in short, its plots inside."""
     alone = {artifact.kind: artifact}
-    facts = [f"- **{label}**: {value}" for label, value in corpus_facts(alone)]
-    return "\n\n".join(
-        [f"# {artifact.kind}", "\n".join(facts), *(inline_image(plot.title, plot.png) for plot in corpus_plots(alone))]
-    )
+    facts = "\n".join(f"- **{label}**: {value}" for label, value in corpus_facts(alone))
+    plots = [f"## {plot.title}\n\n{inline_image(plot.title, plot.png)}" for plot in corpus_plots(alone)]
+    return "\n\n".join([f"# {artifact.kind}", *filter(None, [facts]), *plots])
 
 
 def inline_image(title: str, png: bytes) -> str:

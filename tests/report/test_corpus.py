@@ -123,14 +123,21 @@ def test_the_corpus_in_a_line(artifacts: dict[str, Artifact]) -> None:
         ("Text", "21.6 MB"),
         ("Tokens", "5.18 M"),
         ("Bytes per token", "4.17"),
-        ("Blocks", "2,531 of 2,048"),
+        ("Blocks", "2,531 × 2,048 ids"),
     ]
 
 
-def test_the_encoders_are_told(tmp_path: Path, artifacts: dict[str, Artifact]) -> None:
-    spec = FakeSpec(stats=artifacts["tokens"].stats, produced_by={"encoders": {"fastokens": 24, "tokenizers": 1}})
+@pytest.mark.parametrize(
+    ("encoders", "told"),
+    [
+        ({"fastokens": 25}, "fastokens"),
+        ({"fastokens": 24, "tokenizers": 1}, "fastokens (24 of 25 shards), tokenizers (1 of 25 shards)"),
+    ],
+)
+def test_the_encoders_are_told(tmp_path: Path, artifacts: dict[str, Artifact], encoders: dict[str, int], told: str) -> None:
+    spec = FakeSpec(stats=artifacts["tokens"].stats, produced_by={"encoders": encoders})
     tokens = fake(ArtifactStore(tmp_path), "tokens", spec)
-    assert ("Encoded by", "fastokens (24 shards), tokenizers (1 shards)") in list(corpus.corpus_facts({"tokens": tokens}))
+    assert dict(corpus.corpus_facts({"tokens": tokens}))["Encoded by"] == told
 
 
 @pytest.mark.parametrize(
@@ -157,6 +164,8 @@ def test_every_corpus_artifact_has_tables_of_its_own_by_keys_that_prefect_takes(
 def test_the_lengths_are_a_picture_inside_the_text(artifacts: dict[str, Artifact]) -> None:
     text = corpus.shown_markdown(artifacts["documents"])
     assert text.startswith(
-        "# documents\n\n- **Documents**: 52,850\n- **Text**: 21.6 MB\n\n![Document length](data:image/png;base64,"
+        "# documents\n\n- **Documents**: 52,850\n- **Text**: 21.6 MB\n\n## Document length\n\n![Document length]"
     )
+    assert text.count("(data:image/png;base64,iVBOR") == 2
     assert corpus.shown_markdown(artifacts["tokens"]) == "# tokens\n\n- **Tokens**: 5.18 M\n- **Bytes per token**: 4.17"
+    assert corpus.shown_markdown(artifacts["examples"]) == "# examples"
