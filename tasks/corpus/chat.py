@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tasks.corpus.conversations import Conversation
+from tasks.corpus.turns import Conversation
 from tasks.errors import CorpusError
 
 if TYPE_CHECKING:
@@ -35,9 +35,13 @@ class TemplateRefusalError(Exception):
 
 @dataclass(frozen=True)
 class Chat:
-    """special: the tokens that no text may write, each with its id. padding_id: what fills up a row."""
+    """A tokenizer that can hold a conversation.
+
+    source: the template's text. special: the tokens that no text may write, each with its id. padding_id: what fills up a row.
+    """
 
     tokenizer: "Tokenizer"
+    source: str
     template: "Template"
     named_tokens: dict[str, str]
     special: dict[str, int]
@@ -49,9 +53,16 @@ class Chat:
         """The conversation as text; with the opening of the next answer where asked. Raises TemplateRefusalError."""
         from jinja2 import TemplateError
 
-        messages = [{"role": turn.role, "content": turn.content} for turn in conversation]
+        messages: list[dict[str, Any]] = [
+            {"role": turn.role, "content": turn.content, **(json.loads(turn.extra) if turn.extra else {})}
+            for turn in conversation
+            if turn.role != "tools"
+        ]
+        tools = next((json.loads(turn.content) for turn in conversation if turn.role == "tools"), None)
         try:
-            return self.template.render(messages=messages, add_generation_prompt=add_generation_prompt, **self.named_tokens)
+            return self.template.render(
+                messages=messages, tools=tools, documents=None, add_generation_prompt=add_generation_prompt, **self.named_tokens
+            )
         except (TemplateError, TypeError) as error:
             raise TemplateRefusalError(f"the chat template refuses it: {error}") from error
 
@@ -67,12 +78,14 @@ def load_chat(folder: Path) -> Chat:
     source = _template_source(folder, config)
     if source is None:
         _check_chatml(folder, special)
+        source = CHATML
     padding = named.get("pad_token") or named.get("eos_token")
     if padding not in vocabulary:
         raise CorpusError(f"{folder}: names neither a pad_token nor an eos_token of its vocabulary; one must fill up the rows")
     return Chat(
         tokenizer,
-        _compile(folder, CHATML if source is None else source),
+        source,
+        _compile(folder, source),
         named,
         special,
         re.compile("|".join(map(re.escape, sorted(special, key=len, reverse=True)))),
@@ -154,9 +167,15 @@ def _compile(folder: Path, source: str) -> "Template":
         raise CorpusError(f"{folder}: the chat template cannot be read ({error}); mend it or name another tokenizer") from error
 
 
-def _to_json(value: object, indent: int | None = None) -> str:
-    # Jinja's own escapes what HTML would read.
-    return json.dumps(value, ensure_ascii=False, indent=indent)
+def _to_json(
+    value: object,
+    ensure_ascii: bool = False,
+    indent: int | None = None,
+    separators: tuple[str, str] | None = None,
+    sort_keys: bool = False,
+) -> str:
+    # Jinja's own escapes what HTML would read; transformers' takes these arguments.
+    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
 
 
 def _raise_exception(message: str) -> None:

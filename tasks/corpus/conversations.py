@@ -5,49 +5,57 @@ sharegpt   {"conversations": [{"from": "human" | "gpt" | "system", "value": ...}
 alpaca     {"instruction", "input", "output"[, "system"][, "history": [[question, answer], ...]]}
 messages   {"messages": [{"role": "user" | "assistant" | "system", "content": ...}, ...]}   as OpenAI
 mobvoi     {"input", "target", "task"}
+
+A turn of a list may carry a mark that nothing is to be learned from it: ``"train": false``, or ``"weight": 0`` as OpenAI
+writes it. Functions, calls and results, in the lists of sharegpt and messages, are told in tasks.corpus.functions; they go
+to the chat template, and nothing is learned from them.
 """
 
 import unicodedata
 from collections.abc import Iterable
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
+from tasks.corpus.functions import call_turn, is_call, result_turn, tools_turn, written_call_turn
+from tasks.corpus.turns import Conversation, Role, Turn, json_type, text_of
 from tasks.store import Digest, digest_json
 
-Role = Literal["system", "user", "assistant"]
 Format = Literal["auto", "belle", "sharegpt", "alpaca", "messages", "mobvoi"]
 
-
-class Turn(NamedTuple):
-    """What one side says, without white space around it."""
-
-    role: Role
-    content: str
-
-
-# At most one system turn, first; then user and assistant by turns; the last is the assistant's.
-Conversation = tuple[Turn, ...]
-
+TOOL_ROLES: dict[str, Role] = {"tool": "tool", "function": "tool", "observation": "tool"}
+SHAREGPT_ROLES: dict[str, Role] = {
+    "human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "function_call": "assistant",
+    "system": "system", **TOOL_ROLES,
+}  # fmt: skip
 # "auto" takes every name of a role, a format that is named only its own.
 ROLES: dict[str, dict[str, Role]] = {
     "belle": {"human": "user", "assistant": "assistant", "system": "system"},
-    "sharegpt": {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"},
-    "messages": {"user": "user", "assistant": "assistant", "system": "system"},
-    "auto": {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"},
+    "sharegpt": SHAREGPT_ROLES,
+    "messages": {"user": "user", "assistant": "assistant", "system": "system", "developer": "system", **TOOL_ROLES},
+    "auto": {**SHAREGPT_ROLES, "developer": "system"},
+}
+# Who may speak behind whom; a call is the assistant's, and its results come next.
+FOLLOWERS = {
+    "": ("user",),
+    "user": ("assistant", "call"),
+    "assistant": ("user",),
+    "call": ("tool",),
+    "tool": ("tool", "assistant", "call"),
 }
 
 
 def parse_conversation(record: object, form: Format = "auto") -> Conversation:
-    """The conversation that a record holds; a question behind the last answer is left away.
+    """The conversation that a record holds; what comes behind the last answer is left away.
 
     Raises ValueError, whose message is the reason, for a record that holds none.
     """
     if not isinstance(record, dict):
-        raise ValueError(f"a JSON {_json_type(record)}, not an object")
+        raise ValueError(f"a JSON {json_type(record)}, not an object")
+    tools = tools_turn(record)
     conversation = list(_turns(record, _detect(record) if form == "auto" else form, form))
-    while conversation and conversation[-1].role == "user":
+    while conversation and not conversation[-1].is_answer:
         conversation.pop()
     _check_order(conversation)
-    return tuple(conversation)
+    return (tools, *conversation) if tools else tuple(conversation)
 
 
 def conversation_digest(conversation: Conversation) -> Digest:
@@ -85,7 +93,7 @@ def _turns(record: dict[str, Any], form: str, roles: str) -> Iterable[Turn]:
     if form == "alpaca":
         return _alpaca(record)
     if form == "mobvoi":
-        return [Turn("user", _text(record, "input")), Turn("assistant", _text(record, "target"))]
+        return [Turn("user", text_of(record, "input")), Turn("assistant", text_of(record, "target"))]
     names = ("messages", "role", "content") if form == "messages" else ("conversations", "from", "value")
     return _listed(record, *names, ROLES[roles])
 
@@ -98,21 +106,47 @@ def _listed(record: dict[str, Any], turns: str, role: str, content: str, roles: 
         name = turn.get(role)
         if not isinstance(name, str) or name not in roles:
             raise ValueError(f"turn {number}: unknown role {name!r}; known are {', '.join(roles)}")
-        yield Turn(roles[name], _text(turn, content, f"turn {number}: "))
+        yield _turn(turn, name, roles[name], content, f"turn {number}: ")
+
+
+def _turn(turn: dict[str, Any], name: str, role: Role, content: str, where: str) -> Turn:
+    is_learned = _is_learned(turn, role, where)
+    if role == "tool":
+        return result_turn(turn, content, where)
+    if name == "function_call":
+        return written_call_turn(text_of(turn, content, where), where)
+    if role == "assistant" and is_call(turn):
+        return call_turn(turn, content, where)
+    return Turn(role, text_of(turn, content, where), is_learned)
+
+
+def _is_learned(turn: dict[str, Any], role: Role, where: str) -> bool:
+    """What a turn's marks say; without one, it is learned."""
+    train, weight = turn.get("train"), turn.get("weight")
+    if train is not None and not isinstance(train, bool):
+        raise ValueError(f"{where}'train' is {train!r}, neither true nor false")
+    if weight not in (None, 0, 1):
+        raise ValueError(f"{where}'weight' is {weight!r}; only 0 and 1 are known")
+    marks = {bool(mark) for mark in (train, weight) if mark is not None}
+    if len(marks) > 1:
+        raise ValueError(f"{where}'train' is {train}, and 'weight' is {weight}")
+    if True in marks and role != "assistant":
+        raise ValueError(f"{where}is marked to be learned, and is the {role}'s; only the assistant's turns are")
+    return False not in marks
 
 
 def _alpaca(record: dict[str, Any]) -> Iterable[Turn]:
     if _given(record, "system"):
-        yield Turn("system", _text(record, "system"))
+        yield Turn("system", text_of(record, "system"))
     history = record.get("history") or []
     if not isinstance(history, list) or not all(isinstance(pair, list) and len(pair) == 2 for pair in history):
         raise ValueError("'history' is not a list of pairs")
     for number, (question, answer) in enumerate(history, 1):
-        yield Turn("user", _text({"question": question}, "question", f"history {number}: "))
-        yield Turn("assistant", _text({"answer": answer}, "answer", f"history {number}: "))
-    question = _text(record, "instruction")
-    yield Turn("user", f"{question}\n{_text(record, 'input')}" if _given(record, "input") else question)
-    yield Turn("assistant", _text(record, "output"))
+        yield Turn("user", text_of({"question": question}, "question", f"history {number}: "))
+        yield Turn("assistant", text_of({"answer": answer}, "answer", f"history {number}: "))
+    question = text_of(record, "instruction")
+    yield Turn("user", f"{question}\n{text_of(record, 'input')}" if _given(record, "input") else question)
+    yield Turn("assistant", text_of(record, "output"))
 
 
 def _given(record: dict[str, Any], name: str) -> bool:
@@ -120,29 +154,14 @@ def _given(record: dict[str, Any], name: str) -> bool:
     return value is not None and (not isinstance(value, str) or bool(value.strip()))
 
 
-def _text(record: dict[str, Any], name: str, where: str = "") -> str:
-    value = record.get(name)
-    if not isinstance(value, str):
-        raise ValueError(f"{where}{name!r} is {'missing' if name not in record else f'a JSON {_json_type(value)}'}, not a text")
-    if not (value := value.strip()):
-        raise ValueError(f"{where}{name!r} is empty")
-    try:
-        value.encode()
-    except UnicodeEncodeError as error:
-        raise ValueError(f"{where}{name!r} holds half a surrogate pair at character {error.start}") from error
-    return value
-
-
 def _check_order(conversation: list[Turn]) -> None:
-    if all(turn.role != "assistant" for turn in conversation):
+    if not conversation:
         raise ValueError("no assistant turn: nothing to learn")
     first = 1 if conversation[0].role == "system" else 0
-    for number, turn in enumerate(conversation[first:], first):
-        expected = "assistant" if (number - first) % 2 else "user"
-        if turn.role != expected:
-            raise ValueError(f"turn {number + 1} is the {turn.role}'s where the {expected} is to speak")
-
-
-def _json_type(value: object) -> str:
-    names = {bool: "boolean", int: "number", float: "number", str: "string", list: "array", type(None): "null", dict: "object"}
-    return names.get(type(value), type(value).__name__)
+    before = ""
+    for number, turn in enumerate(conversation[first:], first + 1):
+        speaker = "call" if turn.is_call else turn.role
+        if speaker not in FOLLOWERS[before]:
+            expected = " or the ".join(name for name in FOLLOWERS[before] if name != "call")
+            raise ValueError(f"turn {number} is the {turn.role}'s where the {expected} is to speak")
+        before = speaker

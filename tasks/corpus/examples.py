@@ -5,9 +5,10 @@ Reads   conversations/archive, held_out/archive   conversations in any published
 Writes  examples/train.arrow, validation.arrow    EXAMPLES; a split without an example has no file
         examples/held-out.arrow                   HELD_OUT
         examples/quarantine.parquet               QUARANTINE: what holds no conversation
+        examples/chat_template.jinja              the template that was used
 
 Every conversation read is counted once: num_conversations = num_examples + num_quarantined + num_duplicates
-+ num_in_held_out + num_too_long + num_nothing_to_learn.
++ num_in_held_out + num_too_long + num_nothing_to_learn. What the rows teach is proven on the files: tasks.corpus.proof.
 """
 
 from collections import Counter
@@ -18,17 +19,21 @@ from typing import Any, Literal, NamedTuple
 from pydantic import Field
 
 from tasks.corpus.chat import Chat, TemplateRefusalError, load_chat
-from tasks.corpus.conversations import Conversation, Format, conversation_digest
+from tasks.corpus.conversations import Format, conversation_digest
 from tasks.corpus.held_out import HeldOut, batches, question_keys, with_system
 from tasks.corpus.intake import Intake, write_quarantine
-from tasks.corpus.labels import Example, Rendered, make_examples, prove, render
+from tasks.corpus.labels import Example, Rendered, make_examples, render
 from tasks.corpus.packing import Packer
+from tasks.corpus.proof import Claim, Claims, Proof
+from tasks.corpus.turns import Conversation
 from tasks.errors import CorpusError, RecipeError
 from tasks.schemas import SPLITS
 from tasks.store import Artifact, Built, Spec, Work, stage
 
 # Enough to keep every core of the tokenizer busy in a call. Not in the spec: it cannot change the output.
 BATCH_CONVERSATIONS = 1_000
+# Proven at once, not only when the rows are written: a template that does not fit is told within seconds.
+FIRST_LOOK = 100
 
 
 class ExamplesSpec(Spec):
@@ -36,6 +41,11 @@ class ExamplesSpec(Spec):
 
     block_size: int = Field(ge=8, description="length of a row, in tokens")
     format: Format = Field("auto", description="the form of the conversations; auto: told by the fields of each")
+    train_on: Literal["all", "last"] = Field(
+        "all",
+        description="which of the assistant's answers are learned: all of them, or the last alone; one that its conversation "
+        "marks with train: false, or weight: 0, never is",
+    )
     system: str | None = Field(None, min_length=1, description="the system turn of a conversation that has none")
     too_long: Literal["drop", "drop_turns"] = Field(
         "drop",
@@ -49,7 +59,7 @@ class ExamplesSpec(Spec):
     deduplicate: bool = Field(True, description="keep a conversation once, however often it stands there")
 
 
-@stage("examples", revision=2)
+@stage("examples", revision=3)
 def build_examples(
     work: Work, spec: ExamplesSpec, conversations: Artifact, tokenizer: Artifact, held_out: Artifact | None = None
 ) -> Built:
@@ -64,6 +74,7 @@ def build_examples(
         with _reading(work, intakes[1]) as advance:
             stats |= asked.write(work.folder / "held-out.arrow", intakes[1], advance)
         intakes[1].check(spec.max_quarantined_fraction)
+    (work.folder / "chat_template.jinja").write_text(chat.source, encoding="utf-8")
     maker = Maker(work.scratch, spec, chat, intakes[0], asked.questions)
     with _reading(work, intakes[0]) as advance:
         maker.take(intakes[0].read(advance, spec.max_conversations))
@@ -94,6 +105,8 @@ class Maker:
     def __init__(self, scratch: Path, spec: ExamplesSpec, chat: Chat, intake: Intake, held_out: set[bytes]) -> None:
         self.spec, self.chat, self.intake, self.held_out = spec, chat, intake, held_out
         self.packers = {split: Packer(scratch, split, spec.block_size) for split in SPLITS}
+        self.claims = {split: Claims(scratch, split) for split in SPLITS}
+        self.proof = Proof(chat, intake.name)
         self.seen: set[bytes] = set()  # 16 bytes of each digest: about 0.3 GB for 3.5 million conversations
         self.counts: Counter[str] = Counter()
 
@@ -112,7 +125,13 @@ class Maker:
             elif self._is_held_out(conversation):
                 self.counts["num_in_held_out"] += 1
             else:
-                yield Numbered(line, with_system(conversation, self.spec.system))
+                yield Numbered(line, self._to_learn(with_system(conversation, self.spec.system)))
+
+    def _to_learn(self, conversation: Conversation) -> Conversation:
+        """The conversation with its answers marked as the spec wants them learned."""
+        if self.spec.train_on == "all":
+            return conversation
+        return (*(turn._replace(is_learned=False) for turn in conversation[:-1]), conversation[-1])
 
     def _is_held_out(self, conversation: Conversation) -> bool:
         """Whether a held-out question is answered anywhere on its way."""
@@ -156,13 +175,16 @@ class Maker:
         elif not text.answers:
             self.counts["num_nothing_to_learn"] += 1
         else:
-            try:
-                prove(self.chat, example, text.answers)
-            except CorpusError as error:
-                raise CorpusError(
-                    f"{self.intake.name}: line {one.line}: {error}; the chat template does not fit the tokenizer"
-                ) from error
-            self.packers[self._split(one.conversation)].add(example.input_ids, example.labels)
+            self._keep(one, tuple(answer.turn for answer in text.answers), example)
+
+    def _keep(self, one: Numbered, learned: tuple[int, ...], example: Example) -> None:
+        claim, split = Claim(one.line, one.conversation, learned), self._split(one.conversation)
+        if sum(map(len, self.claims.values())) < FIRST_LOOK:
+            self.proof.prove_example(example.input_ids, example.labels, claim)
+        self.counts["num_answers_not_learned"] += sum(turn.is_answer and not turn.is_learned for turn in one.conversation)
+        self.counts["num_calls"] += sum(turn.is_call for turn in one.conversation)
+        self.packers[split].add(example.input_ids, example.labels)
+        self.claims[split].add(claim)
 
     def finish(self, work: Work) -> dict[str, Any]:
         """Write the rows; returns the ledger. Raises CorpusError where too much was refused or nothing is left."""
@@ -175,22 +197,24 @@ class Maker:
         assert num_read == totals["num_examples"] + sum(lost.values()), f"{totals} and {lost} are not {num_read}"
         if not splits["train"]["num_examples"]:
             raise CorpusError(f"{self.intake.name}: no example is left of {num_read} conversations ({lost}); see each count")
-        told = {name: self.counts[name] for name in ("num_shortened", "num_turns_rewritten")}
-        return {"num_conversations": num_read, **lost, **told, **totals, **splits}
+        names = ("num_shortened", "num_turns_rewritten", "num_answers_not_learned", "num_calls")
+        told = {name: self.counts[name] for name in names}
+        ends = {"end_markers": {shape.end_marker: self.chat.special[shape.end_marker] for shape in self.proof.shapes}}
+        return {"num_conversations": num_read, **lost, **told, **totals, **ends, **splits}
 
     def _write(self, work: Work, split: str, packer: Packer) -> dict[str, int]:
-        with work.machine.progress(f"{split} rows", len(packer.lengths), "examples") as advance:
-            num_rows = packer.write(work.folder / f"{split}.arrow", self.chat.padding_id, advance)
-        return {
-            "num_examples": len(packer.lengths),
-            "num_rows": num_rows,
-            "num_tokens": sum(packer.lengths),
-            "num_supervised_tokens": packer.num_supervised_tokens,
-        }
+        path, num_examples = work.folder / f"{split}.arrow", len(packer.lengths)
+        with work.machine.progress(f"{split} rows", num_examples, "examples") as advance:
+            num_rows = packer.write(path, self.chat.padding_id, advance)
+        with work.machine.progress(f"{split} proof", num_examples, "examples") as advance:
+            proven = self.proof.read(path, packer.rows, self.claims[split], advance) if num_rows else Counter()
+        assert proven["num_examples_proven"] == num_examples, f"{proven} of {num_examples}"
+        assert proven["num_supervised_tokens"] == packer.num_supervised_tokens
+        told = {name: proven[name] for name in ("num_supervised_tokens", "num_answers_proven")}
+        return {"num_examples": num_examples, "num_rows": num_rows, "num_tokens": sum(packer.lengths), **told}
 
 
 def without_first_pair(conversation: Conversation) -> Conversation | None:
-    """The conversation without its earliest question and answer, its system turn kept; None where it has only one pair."""
-    first = 1 if conversation[0].role == "system" else 0
-    rest = conversation[first + 2 :]
-    return (*conversation[:first], *rest) if rest else None
+    """The conversation without its earliest question and what answers it, tools and system turn kept; None where it has one."""
+    asked = [number for number, turn in enumerate(conversation) if turn.role == "user"]
+    return (*conversation[: asked[0]], *conversation[asked[1] :]) if len(asked) > 1 else None

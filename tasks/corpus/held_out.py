@@ -15,8 +15,9 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from tasks.corpus.chat import Chat, TemplateRefusalError
-from tasks.corpus.conversations import Conversation, Turn, question_digests
+from tasks.corpus.conversations import question_digests
 from tasks.corpus.intake import Intake
+from tasks.corpus.turns import Conversation, Turn
 from tasks.errors import CorpusError
 from tasks.machine import Advance
 from tasks.schemas import HELD_OUT
@@ -79,9 +80,11 @@ def question_keys(conversation: Conversation) -> list[bytes]:
 
 def with_system(conversation: Conversation, system: str | None) -> Conversation:
     """The conversation, opened by ``system`` where it has no system turn of its own."""
-    if system is None or conversation[0].role == "system":
+    tools = [turn for turn in conversation[:1] if turn.role == "tools"]
+    said = conversation[len(tools) :]
+    if system is None or said[0].role == "system":
         return conversation
-    return (Turn("system", system), *conversation)
+    return (*tools, Turn("system", system), *said)
 
 
 def batches(items: Iterable[T], size: int) -> Iterator[list[T]]:

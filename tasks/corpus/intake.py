@@ -12,8 +12,9 @@ import orjson
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from tasks.corpus.conversations import Conversation, Format, parse_conversation
+from tasks.corpus.conversations import Format, parse_conversation
 from tasks.corpus.reader import EXCERPT_BYTES, BadLine, read_records
+from tasks.corpus.turns import Conversation
 from tasks.errors import CorpusError
 from tasks.machine import Advance
 from tasks.schemas import QUARANTINE
@@ -47,10 +48,12 @@ class Intake:
         if isinstance(record, BadLine):
             raise ValueError(record.reason)
         conversation = parse_conversation(record, self.form)
-        for number, turn in enumerate(conversation, 1):
+        has_tools = conversation[0].role == "tools"
+        for number, turn in enumerate(conversation, 1 - has_tools):
             # A text that writes a special token could end its own turn, or speak for the other side.
-            if match := self.special.search(turn.content):
-                raise ValueError(f"turn {number}: its text holds the special token {match[0]}")
+            if match := self.special.search(turn.content) or self.special.search(turn.extra):
+                where = f"turn {number}: its text" if number else "'tools'"
+                raise ValueError(f"{where} holds the special token {match[0]}")
         return conversation
 
     def refuse(self, line: int, reason: str, record: object) -> None:

@@ -1,9 +1,10 @@
 """A conversation to ids and to what of them is learned: the assistant's words and the end marker of each, nothing else.
 
-Nobody's word is taken for it: ``prove`` reads the answers back from the labels of every example.
+Nobody's word is taken for it: tasks.corpus.proof reads the answers back from the rows as they were written.
 """
 
-from collections.abc import Iterable, Sequence
+import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import TYPE_CHECKING, NamedTuple
@@ -11,8 +12,8 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from tasks.corpus.chat import Chat
-from tasks.corpus.conversations import Conversation
+from tasks.corpus.chat import Chat, TemplateRefusalError
+from tasks.corpus.turns import Conversation, Turn, shortened
 from tasks.errors import CorpusError
 from tasks.schemas import IGNORED_LABEL
 
@@ -23,12 +24,14 @@ Ids = npt.NDArray[np.int32]
 
 
 class Answer(NamedTuple):
-    """An assistant's turn in the rendered text: text[start:end] is its words, and its end marker last."""
+    """An assistant's turn in the rendered text: text[start:end] is what the model has to write when it is asked.
 
+    That is the words, with the end marker last; and a blank before them where the template sets one that it does not ask with.
+    """
+
+    turn: int
     start: int
     end: int
-    words: str
-    end_marker: str
 
 
 @dataclass(frozen=True)
@@ -51,49 +54,100 @@ class Example:
     input_ids: Ids
     labels: Ids
 
-    @property
-    def num_supervised(self) -> int:
-        return int(np.count_nonzero(self.labels != IGNORED_LABEL))
-
 
 def render(chat: Chat, conversation: Conversation) -> Rendered:
-    """Render a conversation and find its answers.
+    """Render a conversation and find the answers that are to be learned.
 
     Raises TemplateRefusalError, and CorpusError where the template closes an answer with no special token, so that
     nothing could learn to stop.
     """
     text = chat.render(conversation)
-    places = [number for number, turn in enumerate(conversation) if turn.role == "assistant"]
-    found = [_find_answer(chat, text, conversation[:number], conversation[number].content) for number in places]
+    _check_said(text, conversation)
+    starts = _starts_by_stand_ins(chat, text, conversation)
+    found = [
+        _find_answer(chat, text, conversation, number, starts.get(number))
+        for number, turn in enumerate(conversation)
+        if turn.is_answer and turn.is_learned
+    ]
     answers = tuple(answer for answer in found if answer)
     return Rendered(text, answers, len(found) - len(answers))
 
 
-def _find_answer(chat: Chat, text: str, before: Conversation, words: str) -> Answer | None:
-    """The answer behind the turns ``before``; None where its words do not stand there as they are."""
+def _check_said(text: str, conversation: Conversation) -> None:
+    """Raise TemplateRefusalError where the template leaves a system turn, a call or its result silently away."""
+    for number, turn in enumerate(conversation, 0 if conversation[0].role == "tools" else 1):
+        if turn.role in ("system", "tool"):
+            told = turn.content in text or json.dumps(turn.content, ensure_ascii=False)[1:-1] in text
+        elif turn.is_call:
+            told = all(call["function"]["name"] in text for call in json.loads(turn.extra)["tool_calls"])
+        else:
+            told = True
+        if not told:
+            what = "call" if turn.is_call else f"{turn.role} turn"
+            raise TemplateRefusalError(f"the chat template leaves the {what} away, turn {number}")
+
+
+def _starts_by_stand_ins(chat: Chat, text: str, conversation: Conversation) -> dict[int, int]:
+    """Where the words of every answer start in ``text``, by turn; empty where the template does more than put them there.
+
+    The template is given a stand-in for each answer; put back in their places, the words must give ``text`` again.
+    """
+    numbers = [number for number, turn in enumerate(conversation) if turn.is_answer]
+    skeleton = chat.render(tuple(_stand_in(turn, number) for number, turn in enumerate(conversation)))
+    starts: dict[int, int] = {}
+    built = ""
+    for number in numbers:
+        before, found, skeleton = skeleton.partition(_stand_in(conversation[number], number).content)
+        if not found:
+            return {}
+        starts[number] = len(built) + len(before)
+        built += before + conversation[number].content
+    return starts if built + skeleton == text else {}
+
+
+def _stand_in(turn: Turn, number: int) -> Turn:
+    # Of the private use area, which no text is likely to hold; one that does comes out unequal above.
+    return turn._replace(content=f"\ue0b5{number}\ue0b6") if turn.is_answer else turn
+
+
+def _find_answer(chat: Chat, text: str, conversation: Conversation, number: int, known: int | None) -> Answer | None:
+    """The answer of turn ``number``, whose words start at ``known`` where that is; None where they do not stand there."""
+    words, before = conversation[number].content, conversation[:number]
     prompt = chat.render(before, add_generation_prompt=True)
-    is_asked_so = text.startswith(prompt)
-    marker = chat.special_pattern.search(text, len(prompt) if is_asked_so else _agreement(text, prompt))
+    searched = len(prompt) if text.startswith(prompt) else _agreement(text, prompt)
+    marker = chat.special_pattern.search(text, searched if known is None else known + len(words))
     if marker is None:
         raise CorpusError(
-            f"chat template: no special token closes the answer {_short(words)}; "
+            f"chat template: no special token closes the answer {shortened(words)}; "
             "the model could not learn to stop: use a template that ends every turn with one"
         )
-    if is_asked_so and marker.start() == len(prompt) and prompt == chat.render(before):
+    # What the template puts before the words (an empty <think></think>) is not the assistant's.
+    start = known if known is not None else len(text[: marker.start()].rstrip()) - len(words)
+    asked_without = chat.render(before)
+    if text.startswith(prompt) and prompt == asked_without and (opening := text[len(prompt) : start].strip()):
         raise CorpusError(
-            f"chat template: does not open an answer with {marker[0]} when asked to, though its texts do; "
+            f"chat template: does not open an answer with {shortened(opening)} when asked to, though its texts do; "
             "use a template that knows add_generation_prompt"
         )
-    # What the template puts before the words (an empty <think></think>) is not the assistant's.
-    start = len(text[: marker.start()].rstrip()) - len(words)
-    if start < 0 or not text.startswith(words, start):
+    if known is None and not _is_this_turn(text, start, words, prompt, asked_without):
         return None
-    if not is_asked_so or start < len(prompt):
-        # The prompt opens the answer in other words than the text (a <think>): it must still be this very turn.
-        opened = chat.render(before)
-        if not text.startswith(opened) or start < len(opened):
-            return None
-    return Answer(start, marker.end(), words, marker[0])
+    return Answer(number, start - _num_blanks_to_write(text, prompt, start), marker.end())
+
+
+def _is_this_turn(text: str, start: int, words: str, prompt: str, before: str) -> bool:
+    """Whether the words at ``start`` are those of the turn behind ``before``, and not of one that reads the same."""
+    if start < 0 or not text.startswith(words, start):
+        return False
+    # Where the prompt opens the answer in other words than the text (a <think>), it must still be this very turn.
+    return any(text.startswith(opening) and start >= len(opening) for opening in (prompt, before))
+
+
+def _num_blanks_to_write(text: str, prompt: str, start: int) -> int:
+    """How much white space stands before the words that the prompt does not end with: the model has to write it."""
+    opening, asked = text[:start].rstrip(), prompt.rstrip()
+    blanks, given = text[len(opening) : start], prompt[len(asked) :]
+    is_opened_so = opening[-1:] == asked[-1:] and blanks.startswith(given)
+    return len(blanks) - len(given) if is_opened_so else 0
 
 
 def _agreement(text: str, prompt: str) -> int:
@@ -122,51 +176,8 @@ def _example(chat: Chat, rendered: Rendered, encoding: "Encoding") -> Example:
 
 def _example_in_pieces(chat: Chat, rendered: Rendered) -> Example:
     """As ``_example`` where an id would reach from the prompt into the words: the text is cut there, as when it is asked."""
-    borders = [0, *(border for answer in rendered.answers for border in answer[:2]), len(rendered.text)]
+    borders = [0, *(border for answer in rendered.answers for border in (answer.start, answer.end)), len(rendered.text)]
     pieces = [rendered.text[a:b] for a, b in pairwise(borders)]
     ids = [np.array(piece.ids, np.int32) for piece in chat.tokenizer.encode_batch(pieces, add_special_tokens=False)]
     labels = [piece if number % 2 else np.full_like(piece, IGNORED_LABEL) for number, piece in enumerate(ids)]
     return Example(np.concatenate(ids), np.concatenate(labels))
-
-
-def prove(chat: Chat, example: Example, answers: Iterable[Answer]) -> None:
-    """Read the answers back from the labels: each one's words and end marker, whole, once, in order, and nothing else.
-
-    Raises CorpusError, saying what does not hold.
-    """
-    ids, labels = example.input_ids, example.labels
-    is_learned = labels != IGNORED_LABEL
-    if len(ids) != len(labels) or not np.array_equal(labels[is_learned], ids[is_learned]):
-        raise CorpusError("labels: a label is not the id at its own place")
-    borders = np.flatnonzero(np.diff(is_learned, prepend=False, append=False))
-    found = [ids[a:b] for a, b in zip(borders[::2], borders[1::2], strict=True)]
-    expected = list(answers)
-    if len(found) != len(expected):
-        raise CorpusError(f"labels: {len(found)} runs of ids are learned, the conversation has {len(expected)} answers")
-    for run, answer in zip(found, expected, strict=True):
-        _prove_answer(chat, run, answer)
-
-
-def _prove_answer(chat: Chat, run: Ids, answer: Answer) -> None:
-    end_id = chat.special[answer.end_marker]
-    if run[-1] != end_id or np.count_nonzero(run == end_id) != 1:
-        raise CorpusError(f"labels: the end marker {answer.end_marker} does not close the answer {_short(answer.words)} once")
-    # Decoded with its marker: some decoders drop white space at an end.
-    learned = chat.tokenizer.decode(run.tolist(), skip_special_tokens=False)
-    if _words(learned, answer) != answer.words and _words(learned, answer) != _words(_round_trip(chat, answer), answer):
-        raise CorpusError(f"labels: {_short(learned)} is learned where the answer is {_short(answer.words)}")
-
-
-def _words(decoded: str, answer: Answer) -> str:
-    # Only behind the words: a template may set a blank before its end marker, and the model has to write that too.
-    return decoded.removesuffix(answer.end_marker).rstrip()
-
-
-def _round_trip(chat: Chat, answer: Answer) -> str:
-    """What a tokenizer that keeps not every character makes of the answer alone."""
-    ids = chat.tokenizer.encode(answer.words + answer.end_marker, add_special_tokens=False).ids
-    return str(chat.tokenizer.decode(ids, skip_special_tokens=False))
-
-
-def _short(text: str) -> str:
-    return repr(text if len(text) <= 40 else f"{text[:20]}...{text[-20:]}")

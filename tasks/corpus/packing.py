@@ -57,6 +57,7 @@ class Packer:
         self.block_size = block_size
         self.lengths = array("i")
         self.num_supervised_tokens = 0
+        self.rows: list[list[int]] = []  # once written: the numbers of the examples of each row
         self._ids, self._learned = (scratch / f"{split}.{name}" for name in ("ids", "learned"))
         self._files: list[BinaryIO] = [self._ids.open("wb"), self._learned.open("wb")]
 
@@ -73,23 +74,20 @@ class Packer:
         for file in self._files:
             file.close()
         lengths = np.array(self.lengths, np.int32)
-        rows = pack_best_fit(lengths, self.block_size)
+        rows = self.rows = pack_best_fit(lengths, self.block_size)
         if not rows:
             return 0
         ids, is_learned = np.memmap(self._ids, np.int32, "r"), np.memmap(self._learned, bool, "r")
         starts = np.concatenate(([0], np.cumsum(lengths, dtype=np.int64)))
         schema = examples_schema(self.block_size)
-        num_supervised = 0
         with pa.OSFile(str(target), "wb") as sink, pa.ipc.new_stream(sink, schema) as writer:
             for first in range(0, len(rows), BATCH_ROWS):
                 columns = _empty_rows(len(rows[first : first + BATCH_ROWS]), self.block_size, padding_id)
                 for number, row in enumerate(rows[first : first + BATCH_ROWS]):
                     spans = [slice(starts[example], starts[example + 1]) for example in row]
                     fill_row([(ids[span], is_learned[span]) for span in spans], *(column[number] for column in columns))
-                num_supervised += int(np.count_nonzero(columns[1] != IGNORED_LABEL))
                 writer.write(_batch(columns, schema))
                 advance(sum(map(len, rows[first : first + BATCH_ROWS])))
-        assert num_supervised == self.num_supervised_tokens
         return len(rows)
 
 

@@ -1,9 +1,9 @@
 """Examples on a frozen base to an adapter.
 
 Reads   base        pretrained | finetuned: a Hugging Face model folder with its tokenizer
-        examples    EXAMPLES, train and validation
-Writes  adapter_config.json, adapter_model.safetensors, the tokenizer's files
-        merged/     config.json, generation_config.json, model.safetensors, the tokenizer's files, on request
+        examples    EXAMPLES, train and validation, and the chat template that made them
+Writes  adapter_config.json, adapter_model.safetensors, the tokenizer's files, chat_template.jinja
+        merged/     config.json, generation_config.json, model.safetensors and the same files, on request
 """
 
 from pathlib import Path
@@ -48,13 +48,13 @@ def build_adapter(work: Work, spec: AdapterSpec, base: Artifact, examples: Artif
     """Train an adapter on examples; the base stays as it is, to the bit."""
     lora = {**spec.lora.model_dump(mode="json"), "base_ref": base.ref}
     outcome = train(work, spec, "adapter", example_rows(base, examples), base_model(base, examples, "adapter", lora))
-    copy_tokenizer(base, work.folder)
+    copy_tokenizer(base, examples, work.folder)
     if spec.merge:
-        merge_adapter(work, base)
+        merge_adapter(work, base, examples)
     return outcome.built(num_trainable_parameters=outcome.num_trainable_parameters, base_content=base.content)
 
 
-def merge_adapter(work: Work, base: Artifact) -> None:
+def merge_adapter(work: Work, base: Artifact, examples: Artifact) -> None:
     """Write the merged model into merged/."""
     target = work.folder / "merged"
     target.mkdir(exist_ok=True)
@@ -67,7 +67,7 @@ def merge_adapter(work: Work, base: Artifact) -> None:
     path = work.scratch / "merge.json"
     path.write_bytes(orjson.dumps(plan))
     run_worker(MERGE, path, num_ranks=1, settings=work.machine.training, label="adapter (merge)")
-    copy_tokenizer(base, target)
+    copy_tokenizer(base, examples, target)
 
 
 def number_format(folder: Path) -> str:

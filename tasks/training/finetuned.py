@@ -1,11 +1,12 @@
 """Examples on a base model to a finetuned model.
 
 Reads   base        pretrained: a Hugging Face model folder with its tokenizer
-        examples    EXAMPLES, train and validation
-Writes  config.json, generation_config.json, model.safetensors, the tokenizer's files
+        examples    EXAMPLES, train and validation, and the chat template that made them
+Writes  config.json, generation_config.json, model.safetensors, the tokenizer's files, chat_template.jinja
 """
 
 import shutil
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +17,7 @@ from tasks.training.model import check_fits, read_config
 from tasks.training.optimization import OptimizationSpec
 from tasks.training.run import Rows, Start, train
 
-# The end of a turn in ChatML; a finetuned model stops at it, as at the end of a document.
-END_OF_TURN = "<|im_end|>"
+CHAT_TEMPLATE = "chat_template.jinja"
 MODEL_FILES = ("config.json", "generation_config.json", "*.safetensors", "*.safetensors.index.json")
 
 
@@ -30,7 +30,7 @@ def build_finetuned(work: Work, spec: FinetunedSpec, base: Artifact, examples: A
     """Train every weight of the base on examples."""
     start = base_model(base, examples, "finetuned")
     outcome = train(work, spec, "finetuned", example_rows(base, examples), start)
-    copy_tokenizer(base, work.folder)
+    copy_tokenizer(base, examples, work.folder)
     return outcome.built()
 
 
@@ -55,22 +55,25 @@ def base_model(base: Artifact, examples: Artifact, where: str, lora: dict[str, A
         attention="sdpa",
         vocab_size=config["vocab_size"],
         lora=lora,
-        generation=generation_fields(base.path),
+        generation=generation_fields(base.path, examples.stats.get("end_markers", {}).values()),
     )
 
 
-def generation_fields(folder: Path) -> dict[str, Any]:
-    """Where a model that answers is to stop: at the end of a document and at the end of a turn."""
+def generation_fields(folder: Path, end_markers: Iterable[int]) -> dict[str, Any]:
+    """Where a model that answers is to stop: at the end of a document, and at what closes an answer of its examples."""
     fields = orjson.loads((folder / "generation_config.json").read_bytes())
     ends = fields.get("eos_token_id", [])
     ends = ends if isinstance(ends, list) else [ends]
-    added = orjson.loads((folder / "tokenizer.json").read_bytes()).get("added_tokens", [])
-    turn = [token["id"] for token in added if token["content"] == END_OF_TURN]
-    return {"eos_token_id": [*ends, *(end for end in turn if end not in ends)], "pad_token_id": fields.get("pad_token_id")}
+    return {"eos_token_id": [*ends, *(end for end in end_markers if end not in ends)], "pad_token_id": fields.get("pad_token_id")}
 
 
-def copy_tokenizer(base: Artifact, target: Path) -> None:
-    """Copy a model folder's files but those of the model itself."""
+def copy_tokenizer(base: Artifact, examples: Artifact, target: Path) -> None:
+    """Copy a model folder's files but those of the model itself, and the chat template that the examples were made with.
+
+    Without that a tokenizer that has none of its own could not ask the model as it was trained.
+    """
     for entry in base.manifest.files:
         if "/" not in entry.name and not any(Path(entry.name).match(pattern) for pattern in MODEL_FILES):
             shutil.copyfile(base.file(entry.name), target / entry.name)
+    if examples.has_file(CHAT_TEMPLATE):
+        shutil.copyfile(examples.file(CHAT_TEMPLATE), target / CHAT_TEMPLATE)

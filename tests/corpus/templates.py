@@ -101,9 +101,65 @@ LLAMA2 = """\
 {% endfor %}
 """
 
+# Mistral's: no header for the assistant, a blank that it is not asked with, the system turn in the last question, tools as JSON.
+MISTRAL = """\
+{%- if messages[0].role == 'system' %}
+    {%- set system = messages[0].content %}
+    {%- set messages = messages[1:] %}
+{%- endif %}
+{%- set user = messages | selectattr('role', 'equalto', 'user') | list %}
+{{- bos_token }}
+{%- for message in messages %}
+    {%- if message.role == 'user' %}
+        {%- if tools is not none and message == user[-1] %}
+            {{- '[AVAILABLE_TOOLS] ' + tools | tojson + '[/AVAILABLE_TOOLS]' }}
+        {%- endif %}
+        {%- if message == user[-1] and system is defined %}
+            {{- '[INST] ' + system + '\n\n' + message.content + '[/INST]' }}
+        {%- else %}
+            {{- '[INST] ' + message.content + '[/INST]' }}
+        {%- endif %}
+    {%- elif message.role == 'tool' %}
+        {{- '[TOOL_RESULTS] ' + {'content': message.content} | tojson + '[/TOOL_RESULTS]' }}
+    {%- elif message.tool_calls is defined %}
+        {{- '[TOOL_CALLS] [' }}
+        {%- for call in message.tool_calls %}{{- call.function | tojson }}{%- endfor %}
+        {{- ']' + eos_token }}
+    {%- else %}
+        {{- ' ' + message.content | trim + eos_token }}
+    {%- endif %}
+{%- endfor %}
+"""
+
+# Gemma's: the assistant is called model, and there is no system turn.
+GEMMA = """\
+{{ bos_token }}{% if messages[0].role == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}
+{% for message in messages %}
+{% set role = 'model' if message.role == 'assistant' else message.role %}
+{{ '<start_of_turn>' + role + '\n' + message.content | trim + '<end_of_turn>\n' }}{% endfor %}
+{% if add_generation_prompt %}{{ '<start_of_turn>model\n' }}{% endif %}
+"""
+
+# A user's own, with tools in the system turn and results between tags.
+OWN = """\
+{% if tools %}{{ '<turn>tools: ' + tools | tojson + '</turn>' }}{% endif %}
+{% for m in messages %}
+{{ '<turn>' + m.role + ': ' + m.content }}
+{%- for call in m.tool_calls or [] %}{{ '[[' + call.function | tojson + ']]' }}{% endfor %}
+{{ '</turn>' }}{% endfor %}
+{% if add_generation_prompt %}{{ '<turn>assistant: ' }}{% endif %}
+"""
+
 CHATML_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 LLAMA3_TOKENS = ("<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>")
 SENTENCE_TOKENS = ("<s>", "</s>")
+MISTRAL_TOKENS = (
+    *SENTENCE_TOKENS, "[INST]", "[/INST]", "[AVAILABLE_TOOLS]", "[/AVAILABLE_TOOLS]", "[TOOL_CALLS]", "[TOOL_RESULTS]",
+    "[/TOOL_RESULTS]",
+)  # fmt: skip
+GEMMA_TOKENS = ("<pad>", "<bos>", "<eos>", "<start_of_turn>", "<end_of_turn>")
+
+NO_SYSTEM = ("gemma", "llama 2")
 
 TEMPLATES = {
     "chatml": (None, CHATML_TOKENS, {"eos_token": "<|endoftext|>"}),
@@ -116,6 +172,9 @@ TEMPLATES = {
         SENTENCE_TOKENS,
         {"bos_token": "<s>", "eos_token": {"__type": "AddedToken", "content": "</s>", "special": True}},
     ),
+    "mistral": (MISTRAL, MISTRAL_TOKENS, {"bos_token": "<s>", "eos_token": "</s>"}),
+    "gemma": (GEMMA, GEMMA_TOKENS, {"bos_token": "<bos>", "eos_token": "<eos>", "pad_token": "<pad>"}),
+    "own": (OWN, ("<end>", "<turn>", "</turn>"), {"eos_token": "<end>"}),
     "llama 2": (LLAMA2, SENTENCE_TOKENS, {"bos_token": "<s>", "eos_token": "</s>"}),
 }
 

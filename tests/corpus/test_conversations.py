@@ -4,7 +4,8 @@ from typing import Any
 
 import pytest
 
-from tasks.corpus.conversations import Format, Turn, conversation_digest, parse_conversation, question_digests
+from tasks.corpus.conversations import Format, conversation_digest, parse_conversation, question_digests
+from tasks.corpus.turns import Turn
 
 ASKED = (Turn("user", "你好"), Turn("assistant", "你好！"))
 
@@ -68,7 +69,7 @@ def test_a_question_without_an_answer_is_left_away() -> None:
             {"messages": [{"role": role, "content": "文"} for role in ("user", "assistant", "system", "assistant")]},
             "turn 3 is the system's where the user is to speak",
         ),
-        ({"messages": [{"role": "tool", "content": "文"}]}, "turn 1: unknown role 'tool'"),
+        ({"messages": [{"role": "tool", "content": "文"}]}, "no assistant turn"),
         ({"instruction": "文", "output": None}, "'output' is a JSON null, not a text"),
         ({"instruction": "文", "input": 3, "output": "文"}, "'input' is a JSON number, not a text"),
         ({"instruction": "文", "output": "文", "history": [["一"]]}, "'history' is not a list of pairs"),

@@ -13,12 +13,13 @@ import pytest
 from pydantic import ValidationError
 
 from tasks.corpus import examples
+from tasks.corpus.chat import CHATML
 from tasks.corpus.examples import ExamplesSpec, build_examples
 from tasks.errors import CorpusError, RecipeError
 from tasks.machine import Machine
 from tasks.schemas import HELD_OUT, IGNORED_LABEL, examples_schema
 from tasks.store import Artifact, ArtifactStore, Built, Spec, Work, stage
-from tests.corpus.templates import QWEN3, write_tokenizer
+from tests.corpus.templates import QWEN3, TEMPLATES, write_tokenizer
 
 Archives = Callable[[bytes], Artifact]
 
@@ -207,6 +208,67 @@ def test_what_the_template_rewrites_is_counted_and_a_row_with_nothing_to_learn_d
     assert adds_up(artifact.stats)
 
 
+def learned(artifact: Artifact) -> list[int]:
+    """The labels of all rows, those that are ignored left away."""
+    labels = np.array(table(artifact)["labels"].to_pylist())
+    return [int(label) for label in labels[labels != IGNORED_LABEL]]
+
+
+def test_all_answers_are_learned_or_the_last_alone(make: Callable[..., Artifact]) -> None:
+    lines = belle("a", "b", "c", "d")
+    # "b" is id 65, "d" 67, the end marker 258.
+    assert learned(make(lines)) == [65, 258, 67, 258]
+    last = make(lines, train_on="last")
+    assert learned(last) == [67, 258]
+    assert {name: last.stats[name] for name in ("num_answers_proven", "num_answers_not_learned")} == {
+        "num_answers_proven": 1, "num_answers_not_learned": 1,
+    }  # fmt: skip
+    assert table(last)["input_ids"] == table(make(lines))["input_ids"]
+
+
+def test_an_answer_marked_not_to_be_trained_is_context_alone(make: Callable[..., Artifact]) -> None:
+    marks: list[dict[str, Any]] = [{"train": False}, {"weight": 0}]
+    for mark in marks:
+        turns = [
+            {"role": "user", "content": "a"}, {"role": "assistant", "content": "b", **mark},
+            {"role": "user", "content": "c"}, {"role": "assistant", "content": "d"},
+        ]  # fmt: skip
+        assert learned(make(json.dumps({"messages": turns}).encode())) == [67, 258]
+    nothing = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b", "weight": 0}]
+    artifact = make(json.dumps({"messages": nothing}).encode() + b"\n" + belle("a", "b"))
+    assert artifact.stats["num_nothing_to_learn"] == 1
+    assert adds_up(artifact.stats)
+
+
+CALL = {"role": "assistant", "content": None, "tool_calls": [{"function": {"name": "weather", "arguments": '{"city": "x"}'}}]}
+ASKS_A_TOOL = [
+    {"role": "user", "content": "a"}, CALL, {"role": "tool", "content": "y"}, {"role": "assistant", "content": "d"},
+]  # fmt: skip
+
+
+def test_calls_and_their_results_go_to_the_template_and_are_not_learned(make: Callable[..., Artifact]) -> None:
+    tools = [{"type": "function", "function": {"name": "weather"}}]
+    line = json.dumps({"messages": ASKS_A_TOOL, "tools": tools}).encode()
+    template = TEMPLATES["own"][0].replace("<turn>", "<|im_start|>").replace("</turn>", "<|im_end|>")  # type: ignore[union-attr]
+    artifact = make(line, template=template, block_size=320)
+    assert learned(artifact) == [67, 258]
+    assert artifact.stats["num_calls"] == 1
+    (row,) = table(artifact)["input_ids"].to_pylist()
+    assert row.count(257) == 5  # the tools, and four turns
+
+
+def test_a_template_that_leaves_a_call_away_refuses_the_conversation(make: Callable[..., Artifact]) -> None:
+    artifact = make(json.dumps({"messages": ASKS_A_TOOL}).encode() + b"\n" + belle("a", "b"), max_quarantined_fraction=0.5)
+    assert refused(artifact) == [(1, "the chat template leaves the call away, turn 2")]
+    assert adds_up(artifact.stats)
+
+
+def test_the_template_that_was_used_goes_along(make: Callable[..., Artifact]) -> None:
+    assert make(belle("a", "b")).file("chat_template.jinja").read_text() == CHATML
+    assert make(belle("a", "b"), template=QWEN3, block_size=128).file("chat_template.jinja").read_text() == QWEN3
+    assert make(belle("a", "b")).stats["end_markers"] == {"<|im_end|>": 258}
+
+
 def test_only_the_first_conversations_are_read_where_a_limit_is_set(make: Callable[..., Artifact]) -> None:
     artifact = make(numbered(10) + b"not read\n", max_conversations=10)
     assert artifact.stats["num_conversations"] == artifact.stats["num_examples"] == 10
@@ -308,7 +370,7 @@ def test_a_line_whose_labels_do_not_hold_is_named(make: Callable[..., Artifact],
 
     real = examples.make_examples
     monkeypatch.setattr(examples, "make_examples", mistaken)
-    with pytest.raises(CorpusError, match=r"conversations: line 2: labels: .*; the chat template does not fit"):
+    with pytest.raises(CorpusError, match=r"conversations: line 2: labels: .*⟦.*一.*⟧.*; the chat template does not fit"):
         make(b"\n" + belle("一", "二"))
 
 
@@ -322,7 +384,7 @@ def test_a_spec_that_cannot_be_is_refused_when_parsed(fields: dict[str, Any]) ->
 
 EVERY_FIELD = {
     "block_size": 65, "format": "belle", "system": "简短", "too_long": "drop_turns", "validation_fraction": 0.1,
-    "max_conversations": 5, "max_quarantined_fraction": 0.5, "deduplicate": False,
+    "train_on": "last", "max_conversations": 5, "max_quarantined_fraction": 0.5, "deduplicate": False,
 }  # fmt: skip
 
 

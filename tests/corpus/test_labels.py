@@ -8,8 +8,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from tasks.corpus.chat import Chat, load_chat
-from tasks.corpus.conversations import Conversation, Turn
-from tasks.corpus.labels import Answer, Example, make_examples, prove, render
+from tasks.corpus.labels import Rendered, make_examples, render
+from tasks.corpus.proof import Claim, Proof
+from tasks.corpus.turns import Conversation, Turn
 from tasks.errors import CorpusError
 from tasks.schemas import IGNORED_LABEL
 from tests.corpus.templates import QWEN3, TEMPLATES, write_named, write_tokenizer
@@ -17,11 +18,15 @@ from tests.corpus.templates import QWEN3, TEMPLATES, write_named, write_tokenize
 TWO_TURNS = (Turn("user", "你好"), Turn("assistant", "你好！"), Turn("user", "再见"), Turn("assistant", "再见。"))
 
 
+def learned_turns(rendered: Rendered) -> tuple[int, ...]:
+    return tuple(answer.turn for answer in rendered.answers)
+
+
 def learned(chat: Chat, conversation: Conversation) -> list[str]:
     """The text of every run of labels, after the proof has passed."""
     rendered = render(chat, conversation)
     (example,) = make_examples(chat, [rendered])
-    prove(chat, example, rendered.answers)
+    Proof(chat, "here").prove_example(example.input_ids, example.labels, Claim(1, conversation, learned_turns(rendered)))
     marks = example.labels != IGNORED_LABEL
     borders = np.flatnonzero(np.diff(marks, prepend=False, append=False)).reshape(-1, 2)
     return [chat.tokenizer.decode(example.labels[a:b].tolist(), skip_special_tokens=False) for a, b in borders]
@@ -36,7 +41,10 @@ def learned(chat: Chat, conversation: Conversation) -> list[str]:
         ("asks with a thought", ["你好！<|im_end|>", "再见。<|im_end|>"]),
         ("llama 3", ["你好！<|eot_id|>", "再见。<|eot_id|>"]),
         ("zephyr", ["你好！</s>", "再见。</s>"]),
-        ("llama 2", ["你好！ </s>", "再见。 </s>"]),
+        ("mistral", [" 你好！</s>", " 再见。</s>"]),  # the blanks that the model is not asked with it has to write
+        ("gemma", ["你好！<end_of_turn>", "再见。<end_of_turn>"]),
+        ("own", ["你好！</turn>", "再见。</turn>"]),
+        ("llama 2", [" 你好！ </s>", " 再见。 </s>"]),
     ],
 )
 def test_the_words_and_their_end_marker_are_learned_and_nothing_else(tmp_path: Path, name: str, runs: list[str]) -> None:
@@ -66,7 +74,7 @@ def test_an_answer_equal_to_the_question_is_told_from_it(tmp_path: Path, name: s
 def test_words_that_look_like_the_template_are_words(tmp_path: Path, name: str, words: str) -> None:
     chat = load_chat(write_named(tmp_path, name))
     (run,) = learned(chat, (Turn("user", words), Turn("assistant", words)))
-    assert run.startswith(words)
+    assert run.lstrip().startswith(words)
 
 
 def test_an_empty_thought_that_the_template_puts_in_is_not_learned(tmp_path: Path) -> None:
@@ -110,7 +118,7 @@ def test_a_template_that_closes_no_answer_is_refused(tmp_path: Path) -> None:
 
 def test_a_template_that_cannot_be_asked_is_refused(tmp_path: Path) -> None:
     template = "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>' }}{% endfor %}"
-    with pytest.raises(CorpusError, match=r"does not open an answer with <\|im_start\|> when asked to"):
+    with pytest.raises(CorpusError, match=r"does not open an answer with '<\|im_start\|>assistant' when asked to"):
         render(load_chat(write_tokenizer(tmp_path, template)), TWO_TURNS)
 
 
@@ -127,85 +135,3 @@ TEXT = st.text(st.characters(codec="utf-8", exclude_categories=["Cs"]), min_size
 def test_any_text_passes_the_proof(qwen3: Chat, pairs: list[tuple[str, str]]) -> None:
     turns = [turn for asked, said in pairs for turn in (Turn("user", asked), Turn("assistant", said))]
     assert len(learned(qwen3, tuple(turns))) == len(pairs)
-
-
-# Mistakes that trainers have made, each planted in a right example
-
-
-@pytest.fixture(scope="module")
-def right(tmp_path_factory: pytest.TempPathFactory) -> tuple[Chat, Example, tuple[Answer, ...]]:
-    chat = load_chat(write_named(tmp_path_factory.mktemp("qwen2.5"), "qwen2.5"))
-    rendered = render(chat, TWO_TURNS)
-    (example,) = make_examples(chat, [rendered])
-    prove(chat, example, rendered.answers)
-    return chat, example, rendered.answers
-
-
-def pad_labels(ids: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    return ids, np.where(labels == IGNORED_LABEL, 256, labels)
-
-
-def shifted_left(ids: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    return ids, np.roll(labels, -1)
-
-
-def shifted_right(ids: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    marks = np.roll(labels != IGNORED_LABEL, 1)
-    return ids, np.where(marks, ids, IGNORED_LABEL)
-
-
-def starts_early(ids: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    marks = (labels != IGNORED_LABEL) | np.roll(labels != IGNORED_LABEL, -1)
-    return ids, np.where(marks, ids, IGNORED_LABEL)
-
-
-def starts_late(ids: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    marks = (labels != IGNORED_LABEL) & np.roll(labels != IGNORED_LABEL, 1)
-    return ids, np.where(marks, ids, IGNORED_LABEL)
-
-
-def no_end_marker(ids: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    return ids, np.where(ids == 258, IGNORED_LABEL, labels)
-
-
-def line_feed_after_it(ids: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    marks = (labels != IGNORED_LABEL) | np.roll(labels == 258, 1)
-    return ids, np.where(marks, ids, IGNORED_LABEL)
-
-
-def prompt_too(ids: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    return ids, ids.copy()
-
-
-def every_end_marker(ids: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    return ids, np.where(ids == 258, ids, labels)
-
-
-def last_answer_only(ids: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    first = np.flatnonzero(labels == 258)[0]
-    return ids, np.where(np.arange(len(ids)) <= first, IGNORED_LABEL, labels)
-
-
-def cut_answer(ids: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    return ids[:-4], labels[:-4]
-
-
-def cut_answer_with_its_end_put_back(ids: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    return np.append(ids[:-5], ids[-2:]), np.append(labels[:-5], labels[-2:])
-
-
-def nothing(ids: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    return ids, np.full_like(labels, IGNORED_LABEL)
-
-
-@pytest.mark.parametrize(
-    "mistake",
-    [
-        pad_labels, shifted_left, shifted_right, starts_early, starts_late, no_end_marker, line_feed_after_it, prompt_too,
-        every_end_marker, last_answer_only, cut_answer, cut_answer_with_its_end_put_back, nothing,
-    ],
-)  # fmt: skip
-def test_the_proof_finds_a_planted_mistake(right: tuple[Chat, Example, tuple[Answer, ...]], mistake: object) -> None:
-    chat, example, answers = right
-    with pytest.raises(CorpusError, match=r"^labels: "):
-        prove(chat, Example(*mistake(example.input_ids, example.labels)), answers)  # type: ignore[operator]

@@ -75,7 +75,8 @@ def build_examples(work: Work, spec: InputSpec) -> Built:
     schema = examples_schema(BLOCK_SIZE)
     write_columns(work.folder / "train.arrow", schema, random_examples(spec.num_rows, spec.seed))
     write_columns(work.folder / "validation.arrow", schema, random_examples(3, spec.seed + 1))
-    return Built(stats={"block_size": BLOCK_SIZE, "vocab_size": VOCAB_SIZE, "num_rows": spec.num_rows})
+    ends = {"<|im_end|>": END_OF_TURN_ID}
+    return Built(stats={"block_size": BLOCK_SIZE, "vocab_size": VOCAB_SIZE, "num_rows": spec.num_rows, "end_markers": ends})
 
 
 def random_blocks(num_rows: int, seed: int) -> np.ndarray:

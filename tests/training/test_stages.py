@@ -13,7 +13,7 @@ from tasks.errors import RecipeError, SettingsError, SourceError
 from tasks.machine import Machine, TrainingSettings
 from tasks.store import Artifact, ArtifactStore, Built, Digest, Spec, Stage, Work, stage
 from tasks.training.adapter import AdapterSpec, build_adapter, number_format
-from tasks.training.finetuned import FinetunedSpec, build_finetuned, generation_fields
+from tasks.training.finetuned import FinetunedSpec, build_finetuned, copy_tokenizer, generation_fields
 from tasks.training.metrics import bits_per_byte
 from tasks.training.model import ModelSpec
 from tasks.training.pretrained import PretrainedSpec, build_pretrained, identify_source, validation_bits_per_byte
@@ -187,10 +187,22 @@ def test_a_base_with_fewer_ids_than_the_examples_is_refused(tmp_path: Path, buil
         build(store, Machine(), spec, base=base, examples=examples)
 
 
-def test_a_finetuned_model_stops_at_the_end_of_a_turn_too(tmp_path: Path) -> None:
+def test_a_finetuned_model_stops_at_what_closes_an_answer_too(tmp_path: Path) -> None:
     (tmp_path / "generation_config.json").write_text('{"eos_token_id": 0, "pad_token_id": 0}')
-    (tmp_path / "tokenizer.json").write_text('{"added_tokens": [{"id": 2, "content": "<|im_end|>"}]}')
-    assert generation_fields(tmp_path) == {"eos_token_id": [0, 2], "pad_token_id": 0}
+    assert generation_fields(tmp_path, [2, 0]) == {"eos_token_id": [0, 2], "pad_token_id": 0}
+
+
+@stage("examples", revision=1)
+def build_templated_examples(work: Work, spec: InputSpec) -> Built:
+    (work.folder / "chat_template.jinja").write_text("of the examples")
+    return Built()
+
+
+def test_the_template_of_the_examples_goes_along_with_the_tokenizer(tmp_path: Path) -> None:
+    store, _, tokenizer = blocks_and_tokenizer(tmp_path)
+    copy_tokenizer(tokenizer, build_templated_examples(store, Machine(), InputSpec()), tmp_path)
+    assert (tmp_path / "chat_template.jinja").read_text() == "of the examples"
+    assert (tmp_path / "tokenizer.json").exists()
 
 
 def test_a_merged_model_keeps_the_number_format_of_its_base(tmp_path: Path) -> None:
