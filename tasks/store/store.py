@@ -84,7 +84,7 @@ class ArtifactStore:
             handle = path.open("a+")
         except OSError as error:
             raise StoreError(
-                f"{path.parent}: cannot be written ({error.strerror}); name a store you may write with --store"
+                f"{path.parent}: cannot be written ({error.strerror}); mend that, or name another store with --store"
             ) from error
         with handle:
             try:
