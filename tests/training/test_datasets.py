@@ -1,6 +1,5 @@
-"""Rows as the model sees them: memory-mapped, in order, and packed examples apart from each other."""
+"""Rows as the model sees them: memory-mapped, and in order."""
 
-from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -82,23 +81,6 @@ def test_every_validation_row_counts_once_and_all_ranks_do_as_many_batches(tmp_p
 def test_a_limit_takes_the_first_validation_rows(tmp_path: Path) -> None:
     (batch,) = validation_batches(numbered(tmp_path, 5), Share(0, 1, 4, 1), 3)
     assert batch["labels"][:, 0].tolist() == [0, 1, 2, IGNORED_LABEL]
-
-
-@pytest.mark.parametrize("attention", ["sdpa", "eager"])
-@pytest.mark.parametrize("num_rows", [1, 2])
-def test_a_packed_example_has_the_logits_that_it_has_alone(tmp_path: Path, attention: str, num_rows: int) -> None:
-    model = small_model(attention)
-    write_columns(tmp_path / "train.arrow", examples_schema(BLOCK_SIZE), random_examples(num_rows, seed=3))
-    batch = collate(list(open_rows([str(tmp_path / "train.arrow")])))
-    with torch.no_grad():
-        packed_BTV = model(input_ids=batch["input_ids"], position_ids=batch["position_ids"], use_cache=False).logits
-        for row in range(num_rows):
-            starts = [*torch.where(batch["position_ids"][row] == 0)[0].tolist(), BLOCK_SIZE]
-            for start, end in pairwise(starts):
-                alone_BTV = model(input_ids=batch["input_ids"][row : row + 1, start:end], use_cache=False).logits
-                torch.testing.assert_close(packed_BTV[row, start:end], alone_BTV[0], atol=1e-5, rtol=0)
-        leaking_BTV = model(input_ids=batch["input_ids"], use_cache=False).logits
-        assert (leaking_BTV - packed_BTV).abs().max() > 0.1  # this model would show a leak
 
 
 def test_the_validation_loss_counts_supervised_tokens_alone(tmp_path: Path) -> None:
