@@ -10,7 +10,8 @@ SeqmillError
     ├── CorpusError       the corpus, a conversation or a tokenizer is not what the stage can work on
     ├── StoreError        the store cannot be read or written, or an artifact in it is damaged
     ├── DiskSpaceError    there is less room than the work needs
-    └── WorkerError       a process started for the work failed; carries its last lines
+    ├── WorkerError       a process started for the work failed; carries its last lines
+    └── StoppedError      the work was told to stop (SIGTERM) and is kept: the same again goes on; exit code 143
 
 The message is one line: ``<where>: <what was found>; <what to do>``, lower case, no full stop.
 """
@@ -62,3 +63,9 @@ class DiskSpaceError(WorldError):
 
 class WorkerError(WorldError):
     """A process started for the work failed."""
+
+
+class StoppedError(WorldError):
+    """The work was told to stop and is kept: the same again goes on."""
+
+    exit_code = 143  # 128 + SIGTERM, as a shell says it

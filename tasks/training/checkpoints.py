@@ -1,10 +1,11 @@
 """Checkpoints: whole or not there. A checkpoint's manifest is written last, by rename, and lists every file's digest.
 
-Reads   checkpoints/checkpoint-<step>/*               what Trainer and DeepSpeed saved
-Writes  checkpoints/checkpoint-<step>/manifest.json
+Reads   checkpoints/checkpoint-<step>/*               what the ranks wrote
+Writes  checkpoints/checkpoint-<step>/manifest.json   {"facts", "files", "digest": of these two}
 """
 
 import logging
+import os
 import re
 import shutil
 from collections.abc import Iterator
@@ -13,8 +14,8 @@ from typing import Any
 
 import orjson
 
-from tasks.errors import SettingsError, StoreError
-from tasks.store import digest_file, write_atomically
+from tasks.errors import StoreError
+from tasks.store import digest_file, digest_json, write_atomically
 from tasks.store.digest import fsync_tree
 
 log = logging.getLogger(__name__)
@@ -23,22 +24,38 @@ MANIFEST_NAME = "manifest.json"
 NUM_KEPT = 2  # the newest, and one to fall back to
 FOLDER = re.compile(r"^checkpoint-(\d+)$")
 
-# A checkpoint is resumed only where all of these are as they were; what to do where they are not.
-SAME_DATA = ("data", "spec")
-SAME_MACHINE = ("num_ranks", "zero_stage")
+# A checkpoint is resumed only where these are as they were. The number of ranks and the ZeRO stage may be others.
+SAME = ("data", "spec")
+MOST_FIELDS = 6  # named in the message that refuses a checkpoint
 
 
-def seal_checkpoint(folder: Path, facts: dict[str, Any]) -> None:
-    """Put a saved checkpoint on disk and write its manifest, which makes it exist. Call it once all ranks have saved."""
-    (folder / MANIFEST_NAME).unlink(missing_ok=True)
-    fsync_tree(folder)
-    files = {
-        path.relative_to(folder).as_posix(): {"num_bytes": path.stat().st_size, "digest": digest_file(path)}
-        for path in sorted(folder.rglob("*"))
-        if path.is_file()
-    }
-    write_atomically(folder / MANIFEST_NAME, orjson.dumps({"facts": facts, "files": files}))
-    fsync_tree(folder)
+def seal_checkpoint(folder: Path, facts: dict[str, Any], files: dict[str, Any] | None = None) -> None:
+    """Write a checkpoint's manifest, which makes it exist. Call it once all ranks have saved.
+
+    files: size and digest of each, by name, of files that are on disk; None: they are read, and put there.
+    """
+    if files is None:
+        (folder / MANIFEST_NAME).unlink(missing_ok=True)
+        fsync_tree(folder)
+        files = {
+            path.relative_to(folder).as_posix(): {"num_bytes": path.stat().st_size, "digest": digest_file(path)}
+            for path in sorted(folder.rglob("*"))
+            if path.is_file()
+        }
+    fsync_folder(folder)  # the files' names
+    body = {"facts": facts, "files": files}
+    write_atomically(folder / MANIFEST_NAME, orjson.dumps({**body, "digest": digest_json(body)}))
+    fsync_folder(folder)
+    fsync_folder(folder.parent)
+
+
+def fsync_folder(folder: Path) -> None:
+    """Put a folder's list of names on disk."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def prune_checkpoints(root: Path, keep: int = NUM_KEPT) -> None:
@@ -54,8 +71,7 @@ def prune_checkpoints(root: Path, keep: int = NUM_KEPT) -> None:
 def newest_checkpoint(root: Path, facts: dict[str, Any]) -> Path | None:
     """The newest checkpoint that is whole, digests and all; says which it passed over and why.
 
-    Raises StoreError where it belongs to other data, SettingsError where it was written by another number of ranks or
-    under another ZeRO stage.
+    Raises StoreError, with the fields that differ, where it belongs to other data or another spec.
     """
     for folder in checkpoint_folders(root):
         manifest, problem = _verified(folder)
@@ -88,15 +104,27 @@ def step_of(folder: Path) -> int:
     return int(found[1])
 
 
+def written_facts(folder: Path) -> dict[str, Any]:
+    """What a checkpoint that is whole belongs to, and by how many ranks under which ZeRO stage it was written."""
+    facts: dict[str, Any] = orjson.loads((folder / MANIFEST_NAME).read_bytes())["facts"]
+    return facts
+
+
 def _verified(folder: Path) -> tuple[dict[str, Any] | None, str | None]:
     """The checkpoint's manifest, or what is wrong with the checkpoint."""
     try:
         manifest = orjson.loads((folder / MANIFEST_NAME).read_bytes())
+        body = {"facts": manifest["facts"], "files": manifest["files"]}
+        digest = manifest["digest"]
     except FileNotFoundError:
         return None, "no manifest: its writing was cut short"
     except (OSError, orjson.JSONDecodeError) as error:
         return None, f"unreadable manifest ({error})"
-    for name, entry in manifest["files"].items():
+    except (KeyError, TypeError) as error:
+        return None, f"incomplete manifest (no {error})"
+    if digest_json(body) != digest:
+        return None, "its manifest has another digest than it says"
+    for name, entry in body["files"].items():
         path = folder / name
         size = path.stat().st_size if path.is_file() else None
         if size != entry["num_bytes"]:
@@ -107,14 +135,23 @@ def _verified(folder: Path) -> tuple[dict[str, Any] | None, str | None]:
 
 
 def _check_facts(folder: Path, written: dict[str, Any], now: dict[str, Any]) -> None:
-    for name in SAME_DATA:
-        if written[name] != now[name]:
-            raise StoreError(
-                f"{folder}: written for {name} {written[name][:12]}, this run has {now[name][:12]}; "
-                f"delete {folder.parent} to start over"
-            )
-    other = [f"{name} {written[name]} (now {now[name]})" for name in SAME_MACHINE if written[name] != now[name]]
-    if other:
-        raise SettingsError(
-            f"{folder}: written with {', '.join(other)}; use the same again to resume, or delete {folder.parent} to start over"
-        )
+    was, is_now = ({name: value for fact in SAME for name, value in _flat(fact, facts[fact])} for facts in (written, now))
+    differing = [name for name in sorted(was.keys() | is_now.keys()) if was.get(name) != is_now.get(name)]
+    if differing:
+        named = ", ".join(f"{name} {_short(was.get(name))} (now {_short(is_now.get(name))})" for name in differing[:MOST_FIELDS])
+        more = f" and {len(differing) - MOST_FIELDS} more" if len(differing) > MOST_FIELDS else ""
+        raise StoreError(f"{folder}: written with {named}{more}; delete {folder.parent} to start over")
+
+
+def _flat(name: str, value: Any) -> Iterator[tuple[str, Any]]:
+    """A value's fields by dotted name, those within mappings too."""
+    if isinstance(value, dict):
+        for key, inner in value.items():
+            yield from _flat(f"{name}.{key}", inner)
+    else:
+        yield name, value
+
+
+def _short(value: Any) -> str:
+    text = "absent" if value is None else str(value)
+    return text if len(text) <= 24 else f"{text[:12]}..."

@@ -10,23 +10,29 @@ import selectors
 import signal
 import subprocess
 import sys
+import threading
+import time
 from collections import deque
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import orjson
 
 from tasks import errors
-from tasks.errors import SeqmillError, WorkerError
+from tasks.errors import SeqmillError, StoppedError, WorkerError
 from tasks.machine import TrainingSettings
 from tasks.training.agent import free_port
-from tasks.training.lines import FAILURE_PREFIX, METRICS_PREFIX, level_of
+from tasks.training.lines import FAILURE_PREFIX, METRICS_PREFIX, STOPPED_PREFIX, level_of
 
 log = logging.getLogger(__name__)
 
 TAIL_LINES = 60  # a traceback of Trainer through DeepSpeed takes about 40
 GRACE_SECONDS = 10.0  # between SIGTERM, at which torchrun ends its ranks, and SIGKILL
+# From SIGTERM on, for the step under way, its checkpoint and the ranks' end. Who asked mostly waits for less: Slurm, Kubernetes
+# and Prefect for 30 s, and torchrun too, where the signal went to the whole process group.
+STOP_SECONDS = 600.0
 POLL_SECONDS = 0.5  # how soon an interrupt is seen while the ranks are silent
 
 # torchrun's own report of a rank that died without a word, for instance by the kernel's out-of-memory killer.
@@ -44,12 +50,13 @@ def run_worker(
     settings: TrainingSettings,
     on_metrics: OnMetrics | None = None,
     label: str = "training",
+    stop_path: Path | None = None,
 ) -> None:
     """Run ``python -m module plan_path`` on every rank to its end.
 
     The ranks stay in this process's care: an exception here, or this process's death, takes them down. ``module`` ends
     with ``run_rank``. A rank that fails with an error of tasks.errors fails here with the same; any other failure is a
-    WorkerError.
+    WorkerError. stop_path: the file by which SIGTERM to this process asks the ranks to save and end; StoppedError then.
     """
     command = [sys.executable, "-m", "tasks.training.agent", str(os.getpid()), str(settings.threads_per_rank)]
     command += launcher_command(module, plan_path, num_ranks, settings)
@@ -57,13 +64,39 @@ def run_worker(
     log.debug("%s: starting %s", label, " ".join(command))
     process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
     try:
-        for line in _lines(process):
-            listener.hear(line)
+        with stop_on_sigterm(stop_path) as is_overdue:
+            for line in _lines(process, is_overdue):
+                listener.hear(line)
         code = process.wait()
     finally:
         stop(process)
+    if listener.stopped_step is not None:
+        raise StoppedError(f"{label}: stopped after step {listener.stopped_step}, whose checkpoint is kept; run again to go on")
     if code != 0:
         raise listener.error(code)
+
+
+@contextmanager
+def stop_on_sigterm(stop_path: Path | None) -> Iterator[Callable[[], bool]]:
+    """While it lasts, SIGTERM writes ``stop_path``; yields what says whether STOP_SECONDS have passed since.
+
+    Signals are heard by the main thread alone: from another, only a signal to the ranks themselves asks them.
+    """
+    asked: list[float] = []
+
+    def ask(*_: Any) -> None:
+        assert stop_path
+        asked.append(time.monotonic())
+        stop_path.touch()
+
+    if stop_path is None or threading.current_thread() is not threading.main_thread():
+        yield lambda: False
+        return
+    before = signal.signal(signal.SIGTERM, ask)
+    try:
+        yield lambda: bool(asked) and time.monotonic() - asked[0] > STOP_SECONDS
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def launcher_command(module: str, plan_path: Path, num_ranks: int, settings: TrainingSettings) -> list[str]:
@@ -90,13 +123,13 @@ def stop(process: "subprocess.Popen[bytes]") -> None:
     process.stdout.close()
 
 
-def _lines(process: "subprocess.Popen[bytes]") -> Iterator[str]:
-    """Every line of the ranks, until the launcher has ended and nothing more comes."""
+def _lines(process: "subprocess.Popen[bytes]", is_overdue: Callable[[], bool]) -> Iterator[str]:
+    """Every line of the ranks, until the launcher has ended and nothing more comes, or it is overdue."""
     assert process.stdout
     descriptor, pending = process.stdout.fileno(), b""
     with selectors.DefaultSelector() as selector:
         selector.register(descriptor, selectors.EVENT_READ)
-        while True:
+        while not is_overdue():
             if not selector.select(POLL_SECONDS):
                 if process.poll() is not None:  # a process that outlived its launcher still holds the pipe
                     break
@@ -118,6 +151,7 @@ class _Listener:
         self.on_metrics = on_metrics
         self.tail: deque[str] = deque(maxlen=TAIL_LINES)
         self.failure: dict[str, Any] | None = None
+        self.stopped_step: int | None = None
         self.dead_rank: str | None = None
         self.dead_exit: str | None = None
 
@@ -125,6 +159,8 @@ class _Listener:
         if line.startswith(METRICS_PREFIX):
             if self.on_metrics:
                 self.on_metrics(orjson.loads(line[len(METRICS_PREFIX) :]))
+        elif line.startswith(STOPPED_PREFIX):
+            self.stopped_step = int(line[len(STOPPED_PREFIX) :])
         elif line.startswith(FAILURE_PREFIX):
             # The first is the cause: its peers then fail for want of it.
             self.failure = self.failure or orjson.loads(line[len(FAILURE_PREFIX) :])

@@ -1,4 +1,4 @@
-"""The lines by which a rank speaks to its launcher: metrics, a failure, or a log line.
+"""The lines by which a rank speaks to its launcher: metrics, a failure, a stop it was asked for, or a log line.
 
 The launcher reads them from one pipe that every rank writes to.
 """
@@ -10,6 +10,7 @@ from typing import Any
 
 METRICS_PREFIX = "@metrics "
 FAILURE_PREFIX = "@failure "
+STOPPED_PREFIX = "@stopped "
 
 # Looked for at the start of a line only: "INFO:...", "[WARNING|trainer.py:33] ...", "[2026-01-01 10:00:00,1] [INFO] ...".
 LEVEL_COLUMNS = 60
@@ -25,6 +26,11 @@ def failure_line(rank: int, error: BaseException) -> str:
     """The line that says which rank failed and how, and of which class the error was."""
     message = " ".join(str(error).split()) or "no message"
     return FAILURE_PREFIX + json.dumps({"rank": rank, "type": type(error).__name__, "message": message})
+
+
+def stopped_line(step: int) -> str:
+    """The line that says after which step training ended, as it was asked to."""
+    return f"{STOPPED_PREFIX}{step}"
 
 
 def level_of(line: str) -> int:

@@ -49,8 +49,10 @@ class TrainingPlan:
     output_dir: str
     checkpoint_dir: str
     resume_from: str | None
+    is_validation_due: bool  # before the first step
     facts: dict[str, Any]  # what a checkpoint belongs to
     result_path: str
+    stop_path: str  # exists once the run is to save a checkpoint and end
     boundary_id: int | None = None  # closes the documents that are not to see each other
     lora: dict[str, Any] | None = None
     generation: dict[str, Any] = field(default_factory=dict)  # fields of generation_config.json

@@ -7,6 +7,7 @@ import json
 import logging
 import os
 import select
+import signal
 import sys
 import threading
 import traceback
@@ -46,6 +47,25 @@ def die_with_agent() -> None:
         os._exit(1)
 
     threading.Thread(target=watch, daemon=True).start()
+
+
+class StopRequest:
+    """Whether this run was asked to save a checkpoint and end: by SIGTERM to this rank, or by a file of the launcher's."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.heard = False
+
+    def listen(self) -> None:
+        """From here on SIGTERM asks, and no longer ends this process."""
+        signal.signal(signal.SIGTERM, self._hear)
+
+    def _hear(self, *_: Any) -> None:
+        self.heard = True
+
+    def is_made(self) -> bool:
+        """Asked after every step."""
+        return self.heard or (rank() == 0 and self.path.exists())
 
 
 def speak(line: str) -> None:

@@ -14,17 +14,18 @@ import orjson
 import pyarrow as pa
 
 from tasks.errors import RecipeError
-from tasks.store import Built, Work, digest_json
-from tasks.training.checkpoints import clear_torn, newest_checkpoint, step_of
+from tasks.store import Built, Work
+from tasks.training.checkpoints import clear_torn, newest_checkpoint, step_of, written_facts
 from tasks.training.deepspeed import load_deepspeed_config, zero_stage
 from tasks.training.launch import run_worker
-from tasks.training.metrics import MetricsFile, final_loss, follow, tokens_per_second
+from tasks.training.metrics import MetricsFile, final_loss, follow, read_metrics, tokens_per_second
 from tasks.training.optimization import OptimizationSpec
 from tasks.training.plan import TrainingPlan, derive_batch
 
 log = logging.getLogger(__name__)
 
 WORKER = "tasks.training.worker"
+METRICS_NAME = "metrics.jsonl"
 
 
 @dataclass(frozen=True)
@@ -79,15 +80,24 @@ def train(work: Work, spec: OptimizationSpec, kind: str, rows: Rows, start: Star
     checkpoint = Path(plan.resume_from) if plan.resume_from else None
     step = step_of(checkpoint) if checkpoint else 0
     clear_torn(Path(plan.checkpoint_dir), checkpoint)
+    Path(plan.stop_path).unlink(missing_ok=True)
     if checkpoint:
-        log.info("%s: resumed from %s, step %d of %d", kind, checkpoint, step, plan.num_steps)
+        log.info("%s: resumed from %s, step %d of %d%s", kind, checkpoint, step, plan.num_steps, _change(checkpoint, plan))
     plan_path = work.scratch / "plan.json"
     plan.write(plan_path)
-    metrics = MetricsFile(work.scratch / "metrics.jsonl", step)
+    metrics = MetricsFile(work.scratch / METRICS_NAME, step)
     settings, num_ranks = work.machine.training, plan.batch["num_ranks"]
     with work.machine.progress(kind, plan.num_steps, "steps") as advance:
         heard = follow(metrics, kind, advance, work.machine.on_metrics)
-        run_worker(WORKER, plan_path, num_ranks=num_ranks, settings=settings, on_metrics=heard, label=kind)
+        run_worker(
+            WORKER,
+            plan_path,
+            num_ranks=num_ranks,
+            settings=settings,
+            on_metrics=heard,
+            label=kind,
+            stop_path=Path(plan.stop_path),
+        )
     outcome = _outcome(plan, metrics, step)
     log.info(
         "%s: %d steps on %d ranks, %s tokens/s, training loss %s, validation loss %s",
@@ -109,7 +119,7 @@ def make_plan(work: Work, spec: OptimizationSpec, kind: str, rows: Rows, start: 
     batch = derive_batch(spec.global_batch_size, settings, rows.block_size * start.vocab_size)
     facts = {
         "data": rows.content,
-        "spec": digest_json(spec.identity()),
+        "spec": spec.identity(),
         "num_ranks": batch.num_ranks,
         "zero_stage": zero_stage(deepspeed),
     }
@@ -129,18 +139,38 @@ def make_plan(work: Work, spec: OptimizationSpec, kind: str, rows: Rows, start: 
         output_dir=str(work.folder),
         checkpoint_dir=str(checkpoints),
         resume_from=str(resume) if resume else None,
+        is_validation_due=bool(validation) and is_validation_due(spec, resume, work.scratch / METRICS_NAME),
         facts=facts,
         result_path=str(work.scratch / "result.json"),
+        stop_path=str(work.scratch / "stop"),
         boundary_id=rows.boundary_id,
         lora=start.lora,
         generation=start.generation,
     )
 
 
+def is_validation_due(spec: OptimizationSpec, resume: Path | None, metrics_path: Path) -> bool:
+    """Whether a run begins with a validation: the first one, or the one that a run told to stop had no time for."""
+    if not spec.evaluation_steps:
+        return False
+    step = step_of(resume) if resume else 0
+    made = {row["step"] for row in read_metrics(metrics_path) if "validation_loss" in row} if resume else set()
+    return step % spec.evaluation_steps == 0 and step not in made
+
+
 def count_rows(path: Path) -> int:
     """The rows of an Arrow stream, from its batches' headers."""
     with pa.memory_map(str(path)) as source:
         return sum(batch.num_rows for batch in pa.ipc.open_stream(source))
+
+
+def _change(checkpoint: Path, plan: TrainingPlan) -> str:
+    """What is said of a checkpoint that other ranks wrote, or under another ZeRO stage; nothing where all is as it was."""
+    written, now = written_facts(checkpoint), plan.facts
+    if all(written[name] == now[name] for name in ("num_ranks", "zero_stage")):
+        return ""
+    was, is_now = (f"{facts['num_ranks']} ranks under ZeRO-{facts['zero_stage']}" for facts in (written, now))
+    return f"; written by {was}, taken up by {is_now}"
 
 
 def _short(loss: float | None) -> str:

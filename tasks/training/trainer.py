@@ -3,12 +3,15 @@
 Shapes: B rows of a batch, T block_size, V vocabulary.
 """
 
+import dataclasses
+import json
 import logging
 import math
 import time
 from pathlib import Path
 from typing import Any
 
+import orjson
 import torch
 import torch.distributed as dist
 from torch.nn.functional import cross_entropy
@@ -16,10 +19,11 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 
 from tasks.errors import WorkerError
 from tasks.schemas import IGNORED_LABEL
-from tasks.training.checkpoints import prune_checkpoints, seal_checkpoint
 from tasks.training.datasets import training_loader, validation_batches
 from tasks.training.order import Share, dropout_seed
-from tasks.training.rank import report_metrics
+from tasks.training.rank import StopRequest, report_metrics
+from tasks.training.saving import PROGRESS, TRAINER_STATE, CheckpointWriter, Ranks
+from tasks.training.state import base_optimizer, restore, snapshot
 
 log = logging.getLogger(__name__)
 
@@ -27,10 +31,14 @@ log = logging.getLogger(__name__)
 class SteppedTrainer(Trainer):
     """A Trainer whose rows, dropout and checkpoints depend on nothing but the plan and the step."""
 
-    def __init__(self, plan: dict[str, Any], share: Share, num_rows: int, **options: Any) -> None:
+    def __init__(self, plan: dict[str, Any], share: Share, num_rows: int, stop: StopRequest, **options: Any) -> None:
         self.plan = plan
         self.share = share
         self.num_rows = num_rows
+        self.stop = stop
+        self.ranks = Ranks()
+        self.writer = CheckpointWriter(Path(plan["checkpoint_dir"]), plan["facts"], self.ranks)
+        self.stopped_step: int | None = None
         self.first_step = 0
         self.validation_loss: float | None = None
         self.validated_step = -1
@@ -46,8 +54,34 @@ class SteppedTrainer(Trainer):
             plan["train_files"], seed, self.share, self.first_step, plan["num_steps"], boundary_id=plan["boundary_id"]
         )
 
-    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Nothing: in a checkpoint, DeepSpeed's own files hold the weights; the model folder is written at the end."""
+    def _save_checkpoint(self, *_: Any, **__: Any) -> None:
+        """Copy the training state aside; it is written while the next steps run."""
+        started = time.monotonic()
+        self.writer.finish()  # the one before
+        tensors, num_steps = snapshot(self.model_wrapped, self.share.rank, self.share.num_ranks)
+        notes = self._notes(num_steps) if self.is_world_process_zero() else {}
+        self.writer.begin(self.state.global_step, tensors, notes, time.monotonic() - started)
+
+    def _notes(self, num_steps: float) -> dict[str, bytes]:
+        """Where the run stands besides its tensors. DeepSpeed's own count of steps decides nothing here."""
+        assert self.lr_scheduler
+        schedule = {name: value for name, value in self.lr_scheduler.state_dict().items() if name != "lr_lambdas"}
+        trainer_state = json.dumps(dataclasses.asdict(self.state), sort_keys=True)
+        return {PROGRESS: orjson.dumps({"num_steps": num_steps, "schedule": schedule}), TRAINER_STATE: trainer_state.encode()}
+
+    def _prepare_for_training(self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: str | None) -> Any:
+        """Trainer's own, but for what a checkpoint is: ours is read by any number of ranks under any ZeRO stage."""
+        prepared = super()._prepare_for_training(max_steps, train_dataloader, None)
+        if resume_from_checkpoint:
+            folder = Path(resume_from_checkpoint)
+            progress = orjson.loads((folder / PROGRESS).read_bytes())
+            restore(self.model_wrapped, folder, progress["num_steps"])
+            assert self.lr_scheduler
+            groups = base_optimizer(self.model_wrapped.optimizer).param_groups
+            self.lr_scheduler.load_state_dict({**progress["schedule"], "lr_lambdas": [None] * len(groups)})  # functions: kept
+            for group, rate in zip(groups, self.lr_scheduler.get_last_lr(), strict=True):
+                group["lr"] = rate
+        return prepared
 
     def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
         """The mean loss over every supervised token of the validation rows, which no batch size or rank count changes."""
@@ -114,23 +148,22 @@ class Steps(TrainerCallback):
         torch.manual_seed(dropout_seed(self.plan["optimization"]["seed"], state.global_step, self.trainer.share.rank))
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        optimization, step = self.plan["optimization"], state.global_step
-        control.should_save = step % optimization["checkpoint_steps"] == 0
+        optimization, step, trainer = self.plan["optimization"], state.global_step, self.trainer
+        is_stopped, is_written_late = trainer.ranks.any(trainer.stop.is_made(), trainer.writer.is_writing())
+        if not is_written_late:
+            trainer.writer.finish()
+        control.should_save = is_stopped or step % optimization["checkpoint_steps"] == 0
         # A report ends at every checkpoint, so that a resumed run reports the same means.
         control.should_log = control.should_log or control.should_save or step == self.plan["num_steps"]
         every = optimization["evaluation_steps"]
         control.should_evaluate = bool(every and self.plan["validation_files"] and step % every == 0)
+        if is_stopped:
+            trainer.stopped_step = step
+            control.should_training_stop = True
+            control.should_evaluate = False  # who asked may not wait for it: the resumed run begins with it
 
-    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        barrier()
-        if state.is_world_process_zero:
-            started = time.monotonic()
-            root = Path(self.plan["checkpoint_dir"])
-            folder = root / f"checkpoint-{state.global_step}"
-            seal_checkpoint(folder, {**self.plan["facts"], "step": state.global_step})
-            prune_checkpoints(root)
-            log.info("%s: sealed in %.1f s", folder.name, time.monotonic() - started)
-        barrier()
+    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        self.trainer.writer.finish()
 
 
 def barrier() -> None:

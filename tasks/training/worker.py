@@ -19,8 +19,9 @@ from tasks.store import write_atomically
 from tasks.training.checkpoints import step_of
 from tasks.training.datasets import open_rows
 from tasks.training.deepspeed import zero_stage
+from tasks.training.lines import stopped_line
 from tasks.training.order import Share
-from tasks.training.rank import num_ranks, rank, run_rank
+from tasks.training.rank import StopRequest, num_ranks, rank, run_rank, speak
 from tasks.training.trainer import SteppedTrainer
 from tasks.training.weights import prepared_model
 
@@ -29,18 +30,25 @@ log = logging.getLogger(__name__)
 SCHEDULES = {"cosine": "cosine", "linear": "linear", "constant": "constant_with_warmup"}
 
 
-def train(plan: dict[str, Any]) -> None:
-    """Train as the plan says and write the model folder."""
+def train(plan: dict[str, Any], stop: StopRequest | None = None) -> None:
+    """Train as the plan says and write the model folder; or, where ``stop`` asks for it, a checkpoint."""
+    if stop is None:
+        stop = StopRequest(Path(plan["stop_path"]))
+        stop.listen()
     quiet_libraries()
     arguments = training_arguments(plan)  # first: from here on ZeRO-3 builds models in pieces
     join_ranks()
     model = prepared_model(plan)
     share = Share(rank(), num_ranks(), plan["batch"]["micro_batch_size"], plan["batch"]["accumulation"])
     num_rows = len(open_rows(plan["train_files"]))
-    trainer = SteppedTrainer(plan, share, num_rows, model=model, args=arguments)
+    trainer = SteppedTrainer(plan, share, num_rows, stop, model=model, args=arguments)
     if resume := plan["resume_from"]:
         trainer.start_at(step_of(Path(resume)))
     trainer.train(resume_from_checkpoint=resume)
+    if trainer.stopped_step is not None:
+        if rank() == 0:
+            speak(stopped_line(trainer.stopped_step))
+        return
     if plan["validation_files"] and trainer.validated_step != plan["num_steps"]:
         trainer.evaluate()
     save(trainer, plan)
@@ -87,7 +95,7 @@ def training_arguments(plan: dict[str, Any]) -> TrainingArguments:
         logging_steps=optimization["logging_steps"],
         logging_first_step=True,
         logging_nan_inf_filter=False,
-        eval_on_start=bool(optimization["evaluation_steps"] and plan["validation_files"] and not plan["resume_from"]),
+        eval_on_start=plan["is_validation_due"],
         save_strategy="no",  # see tasks.training.trainer.Steps
         ignore_data_skip=True,  # the loader begins at the right step
         use_cpu=on_cpu,

@@ -4,10 +4,11 @@ from typing import Any
 
 import pytest
 
-from tasks.errors import SettingsError, StoreError
-from tasks.training.checkpoints import clear_torn, newest_checkpoint, prune_checkpoints, seal_checkpoint
+from tasks.errors import StoreError
+from tasks.training.checkpoints import clear_torn, newest_checkpoint, prune_checkpoints, seal_checkpoint, written_facts
 
-FACTS = {"data": "d" * 64, "spec": "5" * 64, "num_ranks": 2, "zero_stage": 2}
+SPEC = {"learning_rate": 0.01, "model": {"config": {"hidden_size": 32}}}
+FACTS = {"data": "d" * 64, "spec": SPEC, "num_ranks": 2, "zero_stage": 2}
 
 
 def saved(root: Path, step: int, facts: dict[str, Any] | None = FACTS) -> Path:
@@ -42,6 +43,7 @@ def test_the_newest_by_number_is_taken(tmp_path: Path) -> None:
         (lambda folder: (folder / "global_step2/model.pt").write_bytes(b"Weights"), "model.pt has another digest"),
         (lambda folder: (folder / "manifest.json").unlink(), "no manifest: its writing was cut short"),
         (lambda folder: (folder / "manifest.json").write_bytes(b'{"facts'), "unreadable manifest"),
+        (lambda folder: (folder / "manifest.json").write_bytes(b'{"facts": {}}'), "incomplete manifest (no 'files')"),
     ],
 )
 def test_a_torn_checkpoint_is_passed_over_and_named(
@@ -57,14 +59,26 @@ def test_a_torn_checkpoint_is_passed_over_and_named(
 
 def test_changed_data_is_refused(tmp_path: Path) -> None:
     saved(tmp_path, 5)
-    with pytest.raises(StoreError, match=r"checkpoint-5: written for data dddddddddddd, this run has eeeeeeeeeeee; delete"):
+    expected = r"checkpoint-5: written with data dddddddddddd\.\.\. \(now eeeeeeeeeeee\.\.\.\); delete"
+    with pytest.raises(StoreError, match=expected):
         newest_checkpoint(tmp_path, {**FACTS, "data": "e" * 64})
 
 
-def test_another_number_of_ranks_is_refused_with_both_numbers(tmp_path: Path) -> None:
+def test_a_changed_spec_is_refused_with_the_fields_that_differ(tmp_path: Path) -> None:
     saved(tmp_path, 5)
-    with pytest.raises(SettingsError, match=r"written with num_ranks 2 \(now 1\), zero_stage 2 \(now 3\); use the same"):
-        newest_checkpoint(tmp_path, {**FACTS, "num_ranks": 1, "zero_stage": 3})
+    spec = {"learning_rate": 0.02, "model": {"config": {"hidden_size": 64, "tie_word_embeddings": True}}}
+    expected = (
+        r"written with spec\.learning_rate 0\.01 \(now 0\.02\), spec\.model\.config\.hidden_size 32 \(now 64\), "
+        r"spec\.model\.config\.tie_word_embeddings absent \(now True\); delete"
+    )
+    with pytest.raises(StoreError, match=expected):
+        newest_checkpoint(tmp_path, {**FACTS, "spec": spec})
+
+
+def test_any_number_of_ranks_under_any_zero_stage_takes_it_up(tmp_path: Path) -> None:
+    folder = saved(tmp_path, 5)
+    assert newest_checkpoint(tmp_path, {**FACTS, "num_ranks": 1, "zero_stage": 3}) == folder
+    assert written_facts(folder) == FACTS
 
 
 def test_pruning_keeps_the_newest_two_whole_ones_and_what_is_newer(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from tasks.training.model import ModelSpec
 from tasks.training.pretrained import PretrainedSpec, build_pretrained
 from tests.training.small_inputs import QWEN, blocks_and_tokenizer
 
-RANKS = TrainingSettings(num_ranks=2)
+RANKS = TrainingSettings(num_ranks=2, micro_batch_size=1)  # two micro batches are accumulated
 
 # Pretrains until the ranks report step 13, and then dies as by kill -9 of everything's parent.
 DIE_AT_13 = """
