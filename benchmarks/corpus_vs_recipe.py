@@ -121,8 +121,9 @@ def flatness(told: Told) -> dict[str, Run]:
         print(f"writing {name} ...", file=sys.stderr, flush=True)
         archive = told.work / f"{num_bytes}.jsonl.tar.bz2"
         if not archive.exists():  # a given --work folder keeps it: it takes minutes
+            shutil.rmtree(told.work / f"writer-{num_bytes}", ignore_errors=True)
             write_copy = [sys.executable, "-m", "benchmarks.repeated", str(told.archive), str(archive), str(num_bytes)]
-            run_program(write_copy, Path(tempfile.mkdtemp(dir=told.work)) / "writer")
+            run_program(write_copy, told.work / f"writer-{num_bytes}")
         runs[name] = told.run("road", f"ours-{num_bytes}", archive, told.workers)
         shutil.rmtree(told.work / f"ours-{num_bytes}")
     return runs
