@@ -11,7 +11,7 @@ INSTALL := $(BIN)/pip install --quiet --disable-pip-version-check --constraint r
 KILLS ?= 300
 SEED ?= 7
 
-.PHONY: demo test lint types contracts suite slow faults ui lock clean
+.PHONY: demo test lint types contracts suite slow faults resume-matrix ui lock clean
 
 demo: .venv/.demo
 	$(SEQMILL) demo-data data/demo
@@ -38,6 +38,10 @@ slow: .venv/.dev
 faults: .venv/.dev
 	$(BIN)/python -m tests.faults.kills --kills $(KILLS) --seed $(SEED)
 
+# Every resume that is promised, a line a cell, about half an hour; stopped and started again, it does what is left.
+resume-matrix: .venv/.dev
+	$(BIN)/python -m tests.training.matrix .resume-matrix
+
 ui: .venv/.demo
 	$(SEQMILL) ui
 
@@ -62,4 +66,4 @@ lock:
 	rm -rf .venv-lock
 
 clean:
-	rm -rf .venv .mypy_cache .ruff_cache .pytest_cache
+	rm -rf .venv .mypy_cache .ruff_cache .pytest_cache .resume-matrix

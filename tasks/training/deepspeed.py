@@ -61,12 +61,21 @@ def _check(config: dict[str, Any], source: Path) -> None:
     found += [f"{name} (the recipe's {owner})" for name, owner in NOT_ALLOWED.items() if name in config]
     if found:
         raise SettingsError(f'{source}: sets {", ".join(found)}; remove it, or say "auto"')
+    _check_offload(config, source)
     gather = _value(config, "zero_optimization.stage3_gather_16bit_weights_on_model_save")
     if zero_stage(config) == 3 and gather is not True:
         raise SettingsError(
             f"{source}: zero_optimization.stage3_gather_16bit_weights_on_model_save is {gather}; "
             "set it to true, or the saved weights are empty"
         )
+
+
+def _check_offload(config: dict[str, Any], source: Path) -> None:
+    for name in ("offload_optimizer", "offload_param"):
+        if (device := _value(config, f"zero_optimization.{name}.device")) == "nvme":
+            raise SettingsError(
+                f'{source}: zero_optimization.{name}.device is {device}; set it to "cpu": checkpoints are read out of memory'
+            )
 
 
 def _completed(config: dict[str, Any]) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from tasks.errors import StoreError
+from tasks.errors import SeqmillError, StoreError, WorkerError
 from tasks.store import digest_bytes, write_atomically
 from tasks.training.checkpoints import prune_checkpoints, seal_checkpoint
 from tasks.training.rank import num_ranks, rank
@@ -60,7 +60,7 @@ class Saving:
     stopped_seconds: float
     started: float = field(default_factory=time.monotonic)
     files: dict[str, Any] = field(default_factory=dict)  # written by this rank: size and digest
-    error: str | None = None
+    error: SeqmillError | None = None
     thread: threading.Thread | None = None
 
 
@@ -85,7 +85,7 @@ class CheckpointWriter:
     def finish(self) -> None:
         """Wait until every rank has written its part, and seal; on all ranks at the same step, nothing where none is open.
 
-        Raises StoreError, on all ranks, where one could not write.
+        Raises, on all ranks, what kept one from writing: StoreError, or WorkerError for numbers that are not finite.
         """
         saving = self.saving
         if saving is None:
@@ -94,7 +94,7 @@ class CheckpointWriter:
         saving.thread.join()
         parts = self.ranks.gather((saving.files, saving.error))
         if errors := [error for _, error in parts if error]:
-            raise StoreError(errors[0])
+            raise errors[0]
         if rank() == 0:
             files = {name: entry for part, _ in parts for name, entry in part.items()}
             seal_checkpoint(saving.folder, {**self.facts, "step": saving.step}, files)
@@ -105,6 +105,12 @@ class CheckpointWriter:
 
 
 def _write(saving: Saving, tensors: Snapshot, notes: dict[str, bytes]) -> None:
+    if lost := next((name for name, tensor in tensors.items() if not torch.isfinite(tensor).all()), None):
+        saving.error = WorkerError(
+            f"{saving.folder}: not kept: {lost} holds numbers that are not finite; lower learning_rate or raise warmup_steps, "
+            "the checkpoint before it is kept"
+        )
+        return
     try:
         saving.folder.mkdir(parents=True, exist_ok=True)
         name = f"rank-{rank()}.safetensors"
@@ -113,7 +119,7 @@ def _write(saving: Saving, tensors: Snapshot, notes: dict[str, bytes]) -> None:
             write_atomically(saving.folder / note, data)
             saving.files[note] = {"num_bytes": len(data), "digest": digest_bytes(data)}
     except OSError as error:
-        saving.error = (
+        saving.error = StoreError(
             f"{saving.folder}: rank {rank()} of {num_ranks()} cannot write it ({error.strerror or error}); mend that and run "
             "again, to go on from the checkpoint before it"
         )

@@ -59,3 +59,9 @@ def test_a_file_that_is_no_json_object_is_refused(tmp_path: Path) -> None:
         load_deepspeed_config(written(tmp_path, []))
     with pytest.raises(SettingsError, match="cannot be read as a DeepSpeed file"):
         load_deepspeed_config(tmp_path / "absent.json")
+
+
+def test_state_on_a_disk_of_deepspeeds_is_refused(tmp_path: Path) -> None:
+    config = {"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "nvme"}}}
+    with pytest.raises(SettingsError, match=r'offload_optimizer\.device is nvme; set it to "cpu"'):
+        load_deepspeed_config(written(tmp_path, config))

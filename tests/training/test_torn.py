@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from tasks.errors import StoreError
+from tasks.errors import StoreError, WorkerError
 from tasks.training.checkpoints import MANIFEST_NAME, newest_checkpoint, prune_checkpoints, seal_checkpoint
 from tasks.training.saving import PROGRESS, TRAINER_STATE, CheckpointWriter, Ranks
 from tasks.training.state import MOMENTS, WEIGHT, SavedState, write_snapshot
@@ -110,6 +110,15 @@ def test_a_save_cut_by_a_full_disk_fails_with_the_reason_and_the_one_before_is_t
         writer.finish()
     assert newest_checkpoint(tmp_path, FACTS) == older
     assert f"{cut}: passed over: no manifest: its writing was cut short" in caplog.text
+
+
+def test_numbers_that_are_not_finite_are_never_sealed(tmp_path: Path) -> None:
+    older = saved(tmp_path, 1)
+    writer = CheckpointWriter(tmp_path, FACTS, Ranks())
+    writer.begin(2, {"weight:0:layer": torch.tensor([1.0, float("nan")])}, {}, 0.0)
+    with pytest.raises(WorkerError, match="checkpoint-2: not kept: weight:0:layer holds numbers that are not finite; lower"):
+        writer.finish()
+    assert newest_checkpoint(tmp_path, FACTS) == older
 
 
 def test_what_the_writer_seals_is_whole_and_older_ones_are_pruned(tmp_path: Path) -> None:
