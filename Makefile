@@ -38,7 +38,7 @@ slow: .venv/.dev
 faults: .venv/.dev
 	$(BIN)/python -m tests.faults.kills --kills $(KILLS) --seed $(SEED)
 
-# Every resume that is promised, a line a cell, about half an hour; stopped and started again, it does what is left.
+# Every resume that is promised, a line a cell, some 20 minutes on two cores; stopped and started again, it does what is left.
 resume-matrix: .venv/.dev
 	$(BIN)/python -m tests.training.matrix .resume-matrix
 

@@ -28,8 +28,8 @@ STAGES = ("zero0", "zero1", "zero2", "zero3")
 RANKS = (1, 2)
 PRECISIONS = ("fp32", "bf16")
 HALF = 4  # steps before an elastic run changes hands
-# The largest difference of a loss near 4 that is rounding. bf16 keeps 8 bits of a number: a last bit of 4 is 0.016.
-ROUNDING = {"fp32": 1e-5, "bf16": 5e-2}
+# The largest difference of a loss near 4 that counts as rounding; measured over all cells: 5e-7 and 8e-4.
+ROUNDING = {"fp32": 1e-5, "bf16": 5e-3}
 
 
 class Cells:
