@@ -7,8 +7,7 @@ its greatest size and the greatest size. Counting documents instead would move e
 
 import hashlib
 from array import array
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -19,8 +18,7 @@ DIGEST_BYTES = 32
 LEAST_SHARE = 4  # a shard holds at least a quarter of the greatest size
 
 
-@dataclass(frozen=True)
-class Document:
+class Document(NamedTuple):
     """A text as UTF-8, its length in characters, and its identity: the SHA-256 of these bytes."""
 
     data: bytes

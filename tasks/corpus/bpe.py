@@ -83,7 +83,8 @@ def train(work: Work, spec: TokenizerTrainingSpec, documents: Artifact) -> None:
     if tokenizer.get_vocab_size() < spec.vocab_size:
         found = tokenizer.get_vocab_size()
         log.warning("%s: only %d of %d tokens could be learned from %d bytes", documents.ref, found, spec.vocab_size, total)
-    tokenizer.save(str(work.folder / "tokenizer.json"))
+    # Its own save raises a bare Exception where the disk is full.
+    (work.folder / "tokenizer.json").write_text(tokenizer.to_str(pretty=True), encoding="utf-8")
     (work.folder / "tokenizer_config.json").write_text(json.dumps(CONFIG, indent=2) + "\n")
     (work.folder / "chat_template.jinja").write_text(CHAT_TEMPLATE)
 
@@ -91,7 +92,7 @@ def train(work: Work, spec: TokenizerTrainingSpec, documents: Artifact) -> None:
 def _sample(work: Work, documents: Artifact, share: float, advance: Advance) -> Iterator[list[str]]:
     """Batches of the train split's texts, each text chosen by its digest, so that the choice is spread over the corpus."""
     for entry in documents.shards("train"):
-        with pq.ParquetFile(load_shard(work.store, entry).file("documents.parquet")) as table:
+        with pq.ParquetFile(load_shard(work.store, entry).file("documents.parquet"), pre_buffer=False) as table:
             for batch in table.iter_batches(BATCH_DOCUMENTS):
                 texts = [text for text in batch["text"].to_pylist() if share >= 1 or _number(text) < share]
                 yield texts

@@ -1,10 +1,13 @@
 """A file's decompressed bytes as a stream; the compression is told by the file's first bytes, never by its name.
 
-A stream that is cut short, damaged or followed by other bytes is refused: it never just ends early.
+A stream that is cut short, damaged or followed by other bytes is refused: it never just ends early. Reading may begin in the
+middle: plain files are sought, bzip2 begins at one of its blocks, gzip and zstd are decompressed up to there.
 """
 
-from collections.abc import Callable, Iterator
+import io
+from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -17,10 +20,12 @@ from tasks.machine import Advance
 MAGIC_BYTES = 6
 CODECS = {b"\x1f\x8b": "gzip", b"BZh": "bz2", b"\x28\xb5\x2f\xfd": "zstd"}
 REFUSED = {b"PK\x03\x04": "zip", b"\xfd7zXZ\x00": "xz", b"7z\xbc\xaf\x27\x1c": "7-zip"}
+SKIP_BYTES = 1 << 20
 
-# One process parses what about 8 threads decode (45 MB/s each); a thread holds 5 MB of decoded blocks.
+# One process parses what about 8 threads decode (40 MB/s each); a thread holds 5 MB of decoded blocks.
 MAX_THREADS = 16
 
+BZIP2_HEADER = b"BZh9"  # of the largest blocks, and so of any
 BZIP2_BLOCK = 0x314159265359  # the 48 bits that open a block, and those that close a stream
 BZIP2_END = 0x177245385090
 BZIP2_MARK_BITS = 48 + 32  # either is followed by a CRC of 32 bits
@@ -30,6 +35,21 @@ class Readable(Protocol):
     """What the reader asks of a stream."""
 
     def read(self, size: int, /) -> bytes: ...
+
+
+@dataclass(frozen=True)
+class Mark:
+    """Where decompression may begin: a byte of the file, and how many decompressed bytes lie before it.
+
+    crc: of the blocks before it in its bzip2 stream.
+    """
+
+    byte: int = 0
+    decompressed: int = 0
+    crc: int = 0
+
+
+BEGINNING = Mark()
 
 
 def codec_of(path: Path) -> str | None:
@@ -43,35 +63,69 @@ def codec_of(path: Path) -> str | None:
 
 
 @contextmanager
-def open_decompressed(path: Path, advance: Advance, num_threads: int = 1) -> Iterator[Readable]:
-    """Open ``path`` as decompressed bytes; ``advance`` is told the compressed bytes that were read.
+def open_decompressed(
+    path: Path, advance: Advance, num_threads: int = 1, start: int = 0, mark: Mark = BEGINNING
+) -> Iterator["Stream"]:
+    """Open ``path`` as decompressed bytes, from byte ``start`` of them; ``advance`` is told the compressed bytes that were read.
 
-    num_threads: bzip2 decodes its blocks on so many threads, MAX_THREADS at most.
+    num_threads: bzip2 decodes its blocks on so many threads, MAX_THREADS at most. mark: what ``Stream.mark`` said of a place
+    at or before ``start``.
     """
     codec = codec_of(path)
-    if codec == "bz2" and num_threads > 1:
-        with indexed_bzip2.IndexedBzip2File(str(path), parallelization=min(num_threads, MAX_THREADS)) as blocks:
-            yield _Stream(path, blocks, lambda: blocks.tell_compressed() // 8, advance, lambda: verify_bzip2(path, blocks))
+    if codec == "bz2":
+        with _Bzip2(path, num_threads, mark) as blocks:
+            yield Stream(path, blocks, advance, start - mark.decompressed)
         return
     with pa.OSFile(str(path), "rb") as source:
-        stream = pa.CompressedInputStream(source, codec) if codec else source
-        yield _Stream(path, stream, source.tell, advance, lambda: None)
+        if codec:
+            yield Stream(path, _Sequential(source, pa.CompressedInputStream(source, codec)), advance, start)
+            return
+        source.seek(start)
+        yield Stream(path, _Sequential(source, source), advance)
 
 
-class _Stream:
-    """Tells progress, and turns a decoder's errors into ours."""
+class Decoder(Protocol):
+    """Decompresses one file."""
 
-    def __init__(
-        self, path: Path, stream: Any, position: Callable[[], int], advance: Advance, verify: Callable[[], None]
-    ) -> None:
-        self.path, self.stream, self.position, self.advance, self.verify = path, stream, position, advance, verify
+    def read(self, size: int, /) -> bytes: ...
+
+    def position(self) -> int:
+        """The byte of the file up to which it was read."""
+
+    def mark(self, before: int) -> Mark:
+        """The last place to begin at that has at most ``before`` decompressed bytes before it."""
+
+    def verify(self) -> None:
+        """Raise CorpusError where the end that was met is not the file's."""
+
+
+class _Sequential:
+    """A decoder that Arrow brings, or none; it finds the end's faults by itself."""
+
+    def __init__(self, source: Any, stream: Any) -> None:
+        self.position, self.read = source.tell, stream.read
+
+    def mark(self, before: int) -> Mark:
+        return BEGINNING
+
+    def verify(self) -> None:
+        pass
+
+
+class Stream:
+    """Decompressed bytes; tells progress, and turns a decoder's errors into ours."""
+
+    def __init__(self, path: Path, decoder: Decoder, advance: Advance, skip: int = 0) -> None:
+        self.path, self.decoder, self.advance = path, decoder, advance
         self.size = path.stat().st_size
         self.told = 0
         self.is_ended = False
+        while skip > 0 and (data := self.read(min(skip, SKIP_BYTES))):
+            skip -= len(data)
 
     def read(self, size: int, /) -> bytes:
         try:
-            data: bytes = self.stream.read(size)
+            data = self.decoder.read(size)
         except (OSError, RuntimeError, ValueError, LookupError, ArithmeticError) as error:  # what C++ raises becomes one of these
             problem = "truncated" if "Truncated" in str(error) else f"truncated or damaged ({str(error).strip()})"
             raise CorpusError(
@@ -80,12 +134,16 @@ class _Stream:
             ) from error
         if not data and not self.is_ended:
             self.is_ended = True
-            self.verify()
+            self.decoder.verify()
         self._tell(self.size if self.is_ended else self._position())
         return data
 
+    def mark(self, before: int) -> Mark:
+        """The last place to begin at that has at most ``before`` decompressed bytes before it."""
+        return self.decoder.mark(before)
+
     def _position(self) -> int:
-        return min(self.position(), self.size)
+        return min(self.decoder.position(), self.size)
 
     def _tell(self, position: int) -> None:
         if position > self.told:
@@ -93,28 +151,72 @@ class _Stream:
             self.told = position
 
 
-def verify_bzip2(path: Path, blocks: Any) -> None:
-    """Check that what was decoded is the whole file: each stream closed, under the CRC of all its blocks, and nothing behind.
+class _Bzip2:
+    """Decodes blocks in parallel, from a block that begins at a whole byte: about one in eight does.
 
     The parallel decoder checks each block's CRC, but not the stream's, and ends without an error where no block follows.
     """
-    combined, end_bit = 0, 0
-    with path.open("rb") as source:
-        for bit in sorted(blocks.block_offsets()):
-            mark, crc = _mark(source, bit)
-            if mark == BZIP2_BLOCK:
-                combined, end_bit = ((combined << 1 | combined >> 31) & 0xFFFFFFFF) ^ crc, 0
-            elif mark == BZIP2_END:
-                if crc != combined:
-                    raise CorpusError(
-                        f"{path}: the bzip2 stream ending at byte {bit // 8} lacks a block; fetch the archive again"
-                    )
-                combined, end_bit = 0, bit + BZIP2_MARK_BITS
-    end, size = (end_bit + 7) // 8, path.stat().st_size
-    if end == 0:
-        raise CorpusError(f"{path}: the bzip2 stream is truncated at byte {size}; fetch the archive again")
-    if end != size:
-        raise CorpusError(f"{path}: {size - end} bytes follow the end of the bzip2 stream at byte {end}; fetch the archive again")
+
+    def __init__(self, path: Path, num_threads: int, begin: Mark) -> None:
+        self.path, self.begin = path, begin
+        source = str(path) if begin == BEGINNING else _Suffix(path, begin.byte)
+        self.shift = 0 if begin == BEGINNING else 8 * (begin.byte - len(BZIP2_HEADER))  # in bits, from its places to the file's
+        # On one thread it checks the CRC of the whole stream, which the blocks of a suffix cannot have: verify does.
+        least = 1 if begin == BEGINNING else 2
+        self.blocks = indexed_bzip2.IndexedBzip2File(source, parallelization=max(least, min(num_threads, MAX_THREADS)))
+        self.read = self.blocks.read
+        self.last, self.last_bit, self.crc = begin, -1, begin.crc
+
+    def __enter__(self) -> "_Bzip2":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.blocks.close()
+
+    def position(self) -> int:
+        return int(self.blocks.tell_compressed() + self.shift) // 8
+
+    def mark(self, before: int) -> Mark:
+        offsets = self.blocks.available_block_offsets()
+        with self.path.open("rb") as source:
+            for bit in sorted(bit for bit in offsets if bit > self.last_bit):
+                decompressed = offsets[bit] + self.begin.decompressed
+                if decompressed > before:
+                    break
+                kind, crc = _mark(source, bit + self.shift)
+                if kind == BZIP2_BLOCK and bit % 8 == 0:
+                    self.last = Mark((bit + self.shift) // 8, decompressed, self.crc)
+                self.crc = _combine(self.crc, crc) if kind == BZIP2_BLOCK else 0
+                self.last_bit = bit
+        return self.last
+
+    def verify(self) -> None:
+        """Check that the whole file was decoded: each stream closed, under the CRC of all its blocks, and nothing behind."""
+        combined, end_bit, size = self.begin.crc, 0, self.path.stat().st_size
+        with self.path.open("rb") as source:
+            for bit in sorted(self.blocks.block_offsets()):
+                kind, crc = _mark(source, bit + self.shift)
+                if kind == BZIP2_BLOCK:
+                    combined, end_bit = _combine(combined, crc), 0
+                elif kind == BZIP2_END:
+                    if crc != combined:
+                        raise CorpusError(
+                            f"{self.path}: the bzip2 stream ending at byte {(bit + self.shift) // 8} lacks a block; "
+                            "fetch the archive again"
+                        )
+                    combined, end_bit = 0, bit + self.shift + BZIP2_MARK_BITS
+        end = (end_bit + 7) // 8
+        if end == 0:
+            raise CorpusError(f"{self.path}: the bzip2 stream is truncated at byte {size}; fetch the archive again")
+        if end != size:
+            raise CorpusError(
+                f"{self.path}: {size - end} bytes follow the end of the bzip2 stream at byte {end}; fetch the archive again"
+            )
+
+
+def _combine(combined: int, crc: int) -> int:
+    """The CRC of a bzip2 stream with one more block."""
+    return ((combined << 1 | combined >> 31) & 0xFFFFFFFF) ^ crc
 
 
 def _mark(source: Any, bit: int) -> tuple[int, int]:
@@ -123,3 +225,39 @@ def _mark(source: Any, bit: int) -> tuple[int, int]:
     data = source.read(BZIP2_MARK_BITS // 8 + 1).ljust(BZIP2_MARK_BITS // 8 + 1, b"\0")
     both = int.from_bytes(data, "big") >> (8 - bit % 8) & ((1 << BZIP2_MARK_BITS) - 1)
     return both >> 32, both & 0xFFFFFFFF
+
+
+class _Suffix(io.RawIOBase):
+    """A bzip2 file from one of its blocks on, under a header of its own."""
+
+    def __init__(self, path: Path, start: int) -> None:
+        self.file = path.open("rb", buffering=0)
+        self.start = start - len(BZIP2_HEADER)
+        self.size = path.stat().st_size - self.start
+        self.place = 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def tell(self) -> int:
+        return self.place
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET, /) -> int:
+        self.place = offset + {io.SEEK_SET: 0, io.SEEK_CUR: self.place, io.SEEK_END: self.size}[whence]
+        return self.place
+
+    def readinto(self, buffer: Any, /) -> int:
+        header = BZIP2_HEADER[self.place : self.place + len(buffer)]
+        view = memoryview(buffer)
+        view[: len(header)] = header
+        self.file.seek(self.start + max(self.place, len(BZIP2_HEADER)))
+        read = len(header) + (self.file.readinto(view[len(header) :]) or 0)
+        self.place += read
+        return read
+
+    def close(self) -> None:
+        self.file.close()
+        super().close()

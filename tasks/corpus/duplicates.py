@@ -68,22 +68,24 @@ class Seen:
 @contextmanager
 def open_seen(folder: Path) -> Iterator[Seen]:
     """An empty memory in ``folder``, begun anew whatever an earlier run left there."""
-    path = folder / "seen.sqlite"
+    with open_table(folder / "seen.sqlite", "CREATE TABLE seen (digest BLOB PRIMARY KEY) WITHOUT ROWID") as connection:
+        yield Seen(connection)
+
+
+@contextmanager
+def open_table(path: Path, *tables: str) -> Iterator[sqlite3.Connection]:
+    """A database of empty tables. A crash begins anew, so nothing in it needs to survive one; it is gone afterwards."""
     path.unlink(missing_ok=True)
     connection = sqlite3.connect(path, isolation_level=None)
     try:
-        create_table(connection)
-        yield Seen(connection)
+        for pragma in ("journal_mode=OFF", "synchronous=OFF", f"cache_size=-{CACHE_KILOBYTES}", "locking_mode=EXCLUSIVE"):
+            connection.execute(f"PRAGMA {pragma}")
+        for table in tables:
+            connection.execute(table)
+        connection.execute("BEGIN")
+        yield connection
     except sqlite3.Error as error:
         raise StoreError(f"{path}: {error}; free room on that disk and run again") from error
     finally:
         connection.close()
         path.unlink(missing_ok=True)
-
-
-def create_table(connection: sqlite3.Connection) -> None:
-    """The empty table of digests. A crash starts over, so nothing in it needs to survive one."""
-    for pragma in ("journal_mode=OFF", "synchronous=OFF", f"cache_size=-{CACHE_KILOBYTES}", "locking_mode=EXCLUSIVE"):
-        connection.execute(f"PRAGMA {pragma}")
-    connection.execute("CREATE TABLE seen (digest BLOB PRIMARY KEY) WITHOUT ROWID")
-    connection.execute("BEGIN")

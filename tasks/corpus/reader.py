@@ -4,18 +4,18 @@ Reads   one file of any name: JSON Lines or one JSON array, plain or as .gz, .bz
         member of a tar; or Parquet
 """
 
-import tarfile
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
-from typing import Any, Final, NamedTuple, cast
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any, Final, NamedTuple
 
 import orjson
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from tasks.corpus.compressed import Readable, open_decompressed
+from tasks.corpus.compressed import BEGINNING, Mark, Readable
+from tasks.corpus.members import Member, open_member
 from tasks.errors import CorpusError
 from tasks.machine import Advance
 
@@ -46,34 +46,67 @@ class Row(NamedTuple):
     raw: bytes
 
 
+@dataclass(frozen=True)
+class Position:
+    """A place between two rows: the number of the next line, the bytes of the member before it, where to begin to decompress."""
+
+    line: int = 1
+    offset: int = 0
+    mark: Mark = BEGINNING
+
+
+START: Final = Position()
+
+
+class Batch(NamedTuple):
+    """Rows in order. end: tells the position behind them; None where reading cannot begin there (a JSON array)."""
+
+    rows: list[Row]
+    end: Callable[[], Position] | None = None
+
+
 def read_records(path: Path, advance: Advance = lambda amount: None) -> Iterator[tuple[int, object | BadLine]]:
     """Every line of JSON Lines, element of a JSON array or row of a Parquet table, with its number from 1; no blank lines.
 
     Raises CorpusError where the archive cannot be read as a whole.
     """
-    for batch in read_rows(path, advance):
-        yield from ((row.line, row.value) for row in batch if row.value is not BLANK)
+    for batch in read_batches(path, advance):
+        yield from ((row.line, row.value) for row in batch.rows if row.value is not BLANK)
 
 
 def read_lines(path: Path, advance: Advance = lambda amount: None) -> Iterator[tuple[int, bytes]]:
     """Every line, blank ones too, without its line feed, with its number from 1."""
     with open_member(path, advance) as member:
-        for first, lines in split_lines(path, member, _head(path, member)):
-            yield from enumerate(lines, first)
+        for lines, end in split_lines(path, member, _head(path, member), START):
+            yield from enumerate(lines, end.line - len(lines))
 
 
-def read_rows(path: Path, advance: Advance, num_threads: int = 1, columns: tuple[str, ...] | None = None) -> Iterator[list[Row]]:
-    """Batches of rows. num_threads: for decompression. columns: what to read of a Parquet table, None for all."""
+def read_batches(
+    path: Path,
+    advance: Advance,
+    num_threads: int = 1,
+    columns: tuple[str, ...] | None = None,
+    start: Position = START,
+) -> Iterator[Batch]:
+    """Batches of rows, from ``start`` on.
+
+    num_threads: for decompression. columns: what to read of a Parquet table, None for all.
+    """
     if is_parquet(path):
-        yield from _read_parquet(path, advance, columns)
+        yield from _read_parquet(path, advance, columns, start.line)
         return
-    with open_member(path, advance, num_threads) as member:
-        head = _head(path, member)
-        if head.lstrip().startswith(b"["):
+    with open_member(path, advance, num_threads, start.offset, start.mark) as member:
+        head = _head(path, member) if start == START else member.read(BLOCK_BYTES)
+        if start == START and head.lstrip().startswith(b"["):
             yield from _read_array(path, member, head)
             return
-        for first, lines in split_lines(path, member, head):
-            yield [Row(number, parse_line(line), line) for number, line in enumerate(lines, first)]
+        for lines, end in split_lines(path, member, head, start):
+            rows = [Row(number, parse_line(line), line) for number, line in enumerate(lines, end.line - len(lines))]
+            yield Batch(rows, partial(_marked, member, end))
+
+
+def _marked(member: Member, end: Position) -> Position:
+    return replace(end, mark=member.mark(end.offset))
 
 
 def parse_line(line: bytes) -> Any:
@@ -95,21 +128,24 @@ def _is_utf8(line: bytes) -> bool:
     return True
 
 
-def split_lines(path: Path, member: Readable, head: bytes) -> Iterator[tuple[int, list[bytes]]]:
-    """Batches of lines, each with the number of its first line; ``head`` is what was read of the member already."""
-    number, rest, block = 1, b"", head
+def split_lines(path: Path, member: Readable, head: bytes, start: Position) -> Iterator[tuple[list[bytes], Position]]:
+    """Batches of lines, each with the position behind it; ``head`` is what was read of the member at ``start``."""
+    line, offset, rest, block = start.line, start.offset, b"", head
+    if start == START and head.startswith(BYTE_ORDER_MARK):
+        block, offset = head[len(BYTE_ORDER_MARK) :], len(BYTE_ORDER_MARK)
     while block:
-        *lines, rest = (rest + block).split(b"\n")
+        joined = rest + block
+        *lines, rest = joined.split(b"\n")
         if len(rest) > MAX_LINE_BYTES:
             raise CorpusError(
-                f"{path}: line {number + len(lines)} is longer than {MAX_LINE_BYTES} bytes; write one document a line"
+                f"{path}: line {line + len(lines)} is longer than {MAX_LINE_BYTES} bytes; write one document a line"
             )
+        line, offset = line + len(lines), offset + len(joined) - len(rest)
         if lines:
-            yield number, lines
-        number += len(lines)
+            yield lines, Position(line, offset)
         block = member.read(BLOCK_BYTES)
     if rest:
-        yield number, [rest]
+        yield [rest], Position(line + 1, offset + len(rest))
 
 
 def _head(path: Path, member: Readable) -> bytes:
@@ -118,112 +154,12 @@ def _head(path: Path, member: Readable) -> bytes:
         raise CorpusError(f"{path}: the archive is empty; nothing can be made of it: fetch it again or name another")
     if head.startswith(PARQUET_MAGIC):
         raise CorpusError(f"{path}: Parquet inside another file, which cannot be streamed; name the .parquet file itself")
-    return head.removeprefix(BYTE_ORDER_MARK)
+    return head
 
 
-@contextmanager
-def open_member(path: Path, advance: Advance, num_threads: int = 1) -> Iterator[Readable]:
-    """Open an archive's one regular file as decompressed bytes; whether it is a tar is told by its first block."""
-    with open_decompressed(path, lambda amount: None) as peeked:
-        is_tar = _is_tar_header(_read_exactly(peeked, tarfile.BLOCKSIZE))
-    with open_decompressed(path, advance, num_threads) as stream:
-        if not is_tar:
-            yield stream
-            return
-        # ignore_zeros: a second tar behind the first is seen, and refused, instead of being lost.
-        try:
-            archive = tarfile.open(  # noqa: SIM115 (closed below; opening reads the first header)
-                fileobj=cast(Any, stream), mode="r|", bufsize=BLOCK_BYTES, ignore_zeros=True, tarinfo=_Header
-            )
-        except tarfile.ReadError as error:
-            raise _damaged_tar(path, error) from error
-        with archive:
-            yield _Member(path, archive, stream)
-
-
-def _read_exactly(stream: Readable, size: int) -> bytes:
-    data = b""
-    while len(data) < size and (more := stream.read(size - len(data))):
-        data += more
-    return data
-
-
-def _is_tar_header(block: bytes) -> bool:
-    if len(block) < tarfile.BLOCKSIZE:
-        return False
-    try:
-        tarfile.TarInfo.frombuf(block, "utf-8", "surrogateescape")
-    except tarfile.HeaderError:
-        return not any(block)  # a tar without members is all zeros
-    return True
-
-
-class _Header(tarfile.TarInfo):
-    """A member's header. ``ignore_zeros`` passes over damaged ones too, and so over the members behind them: not here."""
-
-    @classmethod
-    def fromtarfile(cls, tarfile_: tarfile.TarFile) -> "_Header":
-        try:
-            return super().fromtarfile(tarfile_)
-        except tarfile.InvalidHeaderError as error:  # type: ignore[attr-defined]
-            raise tarfile.ReadError(str(error)) from error
-
-
-def _damaged_tar(path: Path, error: tarfile.ReadError) -> CorpusError:
-    return CorpusError(f"{path}: the tar is truncated or damaged ({error}); fetch the archive again")
-
-
-class _Member:
-    """The bytes of a tar's one regular member; at its end, the rest of the tar is looked through too."""
-
-    def __init__(self, path: Path, archive: tarfile.TarFile, stream: Readable) -> None:
-        self.path, self.archive, self.stream = path, archive, stream
-        info = self._next_regular()
-        if info is None:
-            raise CorpusError(f"{path}: a tar without a regular member; publish one with the corpus as its one file")
-        self.name = info.name
-        self.file = archive.extractfile(info)
-
-    def read(self, size: int, /) -> bytes:
-        assert self.file is not None
-        try:
-            if data := self.file.read(size):
-                return data
-            second = self._next_regular()
-        except tarfile.ReadError as error:
-            raise CorpusError(f"{self.path}: member {self.name} is truncated ({error}); fetch the archive again") from error
-        if second:
-            raise CorpusError(
-                f"{self.path}: a second member {second.name} after {self.name}; publish a tar with one regular file"
-                + (" (macOS adds ._ files: set COPYFILE_DISABLE=1)" if "._" in second.name + self.name else "")
-            )
-        while self.stream.read(BLOCK_BYTES):
-            pass  # to its end, so that a damaged compressed stream is seen
-        return b""
-
-    def _next_regular(self) -> tarfile.TarInfo | None:
-        """The next member, past plain folders. Raises CorpusError for what an archive may not hold."""
-        try:
-            while (info := self.archive.next()) is not None:
-                self._check(info)
-                if info.isreg():
-                    return info
-        except tarfile.ReadError as error:
-            raise _damaged_tar(self.path, error) from error
-        return None
-
-    def _check(self, info: tarfile.TarInfo) -> None:
-        place = PurePosixPath(info.name)
-        if place.is_absolute() or ".." in place.parts:
-            raise CorpusError(f"{self.path}: member {info.name} has an absolute or dotted path; do not trust this archive")
-        if not info.isreg() and not info.isdir():
-            kind = "a link" if info.issym() or info.islnk() else "a device or another special file"
-            raise CorpusError(f"{self.path}: member {info.name} is {kind}; publish a tar with one regular file")
-
-
-def _read_array(path: Path, member: Readable, head: bytes) -> Iterator[list[Row]]:
+def _read_array(path: Path, member: Readable, head: bytes) -> Iterator[Batch]:
     """The elements of one JSON array, which is held whole in memory."""
-    blocks = [head]
+    blocks = [head.removeprefix(BYTE_ORDER_MARK)]
     while block := member.read(BLOCK_BYTES):
         blocks.append(block)
     try:
@@ -231,7 +167,7 @@ def _read_array(path: Path, member: Readable, head: bytes) -> Iterator[list[Row]
     except orjson.JSONDecodeError as error:
         raise CorpusError(f"{path}: begins as a JSON array, and is not one ({error}); mend it or write JSON Lines") from error
     for start in range(0, len(values), BATCH_ROWS):
-        yield [Row(number, value, b"") for number, value in enumerate(values[start : start + BATCH_ROWS], start + 1)]
+        yield Batch([Row(number, value, b"") for number, value in enumerate(values[start : start + BATCH_ROWS], start + 1)])
 
 
 def is_parquet(path: Path) -> bool:
@@ -239,14 +175,16 @@ def is_parquet(path: Path) -> bool:
         return source.read(len(PARQUET_MAGIC)) == PARQUET_MAGIC
 
 
-def _read_parquet(path: Path, advance: Advance, columns: tuple[str, ...] | None) -> Iterator[list[Row]]:
+def _read_parquet(path: Path, advance: Advance, columns: tuple[str, ...] | None, first: int) -> Iterator[Batch]:
     size, told, number = path.stat().st_size, 0, 1
     try:
-        with pq.ParquetFile(path, buffer_size=BLOCK_BYTES) as table:
+        with pq.ParquetFile(path, pre_buffer=False, buffer_size=BLOCK_BYTES) as table:
             _check_columns(path, table.schema_arrow.names, columns)
             for batch in table.iter_batches(BATCH_ROWS, columns=columns):
-                yield [Row(line, value, b"") for line, value in enumerate(_values(batch), number)]
+                rows = [Row(line, value, b"") for line, value in enumerate(_values(batch), number)]
                 number += batch.num_rows
+                if number > first:
+                    yield Batch(rows[max(first - (number - batch.num_rows), 0) :], partial(Position, number))
                 position = size * (number - 1) // table.metadata.num_rows
                 advance(position - told)
                 told = position

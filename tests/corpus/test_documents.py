@@ -1,18 +1,27 @@
 import bz2
+import gzip
 import hashlib
-from collections.abc import Callable
+import io
+import tarfile
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from random import Random
 from typing import Any
 
 import orjson
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import zstandard
 from pydantic import ValidationError
 
+from tasks.corpus import document_shards, journal, quarantine, reader
 from tasks.corpus import documents as stage_module
 from tasks.corpus.boundaries import Shard
-from tasks.corpus.documents import DocumentsSpec, build_documents, write_shard
+from tasks.corpus.document_shards import write_shard
+from tasks.corpus.documents import DocumentsSpec, build_documents
+from tasks.corpus.near_duplicates import NearDuplicates
+from tasks.corpus.quality import CharacterRatio
 from tasks.errors import CorpusError
 from tasks.machine import Machine
 from tasks.schemas import DOCUMENTS, QUARANTINE
@@ -106,7 +115,7 @@ def test_the_quarantine_is_a_table_even_when_nothing_is_bad(documents_of: Callab
 
 
 def test_more_bad_lines_than_one_batch_are_all_kept(store: ArtifactStore, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(stage_module, "QUARANTINE_ROWS", 3)
+    monkeypatch.setattr(quarantine, "ROWS", 3)
     artifact = build(store, b"bad\n" * 8 + json_lines(["a"]), max_quarantined_fraction=1, validation_fraction=0)
     assert [line for line, _, _ in quarantine_of(artifact)] == [1, 2, 3, 4, 5, 6, 7, 8]
 
@@ -199,7 +208,7 @@ def test_a_killed_run_keeps_its_shards_and_ends_the_same(store: ArtifactStore, m
         written.append(path)
         write_shard(shard, path)
 
-    monkeypatch.setattr(stage_module, "write_shard", write_two_and_die)
+    monkeypatch.setattr(document_shards, "write_shard", write_two_and_die)
     with pytest.raises(KeyboardInterrupt):
         build(store, json_lines(TEXTS * 2), **fields)
     monkeypatch.undo()
@@ -209,6 +218,74 @@ def test_a_killed_run_keeps_its_shards_and_ends_the_same(store: ArtifactStore, m
     assert len(kept) == 2
     assert all(path.stat().st_mtime_ns == when for path, when in kept.items())
     assert not list(store.root.glob(".staging/*/*"))
+
+
+def dying(path: Path, times: list[int], after: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Make the build die as it stores shard number ``after``; ``times`` is told the line that each build begins at."""
+
+    def write_some_and_die(shard: Shard, target: Path) -> None:
+        if len(list(path.glob("documents-shard/*/manifest.json"))) >= after:
+            raise KeyboardInterrupt
+        write_shard(shard, target)
+
+    def read_and_tell(*args: Any) -> Iterator[reader.Batch]:
+        times.append(args[-1].line)
+        return reader.read_batches(*args)
+
+    monkeypatch.setattr(document_shards, "write_shard", write_some_and_die)
+    monkeypatch.setattr(stage_module, "read_batches", read_and_tell)
+
+
+def as_tar(data: bytes) -> bytes:
+    target = io.BytesIO()
+    with tarfile.open(fileobj=target, mode="w") as archive:
+        info = tarfile.TarInfo("corpus.jsonl")
+        info.size = len(data)
+        archive.addfile(info, io.BytesIO(data))
+    return target.getvalue()
+
+
+@pytest.mark.parametrize("compress", [bytes, lambda data: bz2.compress(data, 1), gzip.compress, zstandard.compress])
+@pytest.mark.parametrize("wrap", [bytes, as_tar])
+@pytest.mark.parametrize("deduplicate", [False, True])
+def test_a_killed_build_reads_on_behind_its_last_shards(
+    store: ArtifactStore, monkeypatch: pytest.MonkeyPatch, compress: Callable[[bytes], bytes], wrap: Callable[[bytes], bytes],
+    deduplicate: bool,
+) -> None:  # fmt: skip
+    random = Random(5)
+    texts = [f"{i} " + "".join(chr(random.randint(0x4E00, 0x9FA5)) for _ in range(400)) for i in range(1_500)]
+    lines = [json_lines([text]) for text in [*texts, *texts[::7]]]
+    lines[40], lines[900] = b"bad\n", b"\n"
+    data, fields = compress(wrap(b"".join(lines))), {"shard_bytes": 150_000, "deduplicate": deduplicate}
+    expected = build(ArtifactStore(store.root.parent / "other"), data, **fields)
+    monkeypatch.setattr(journal, "JOURNAL_SECONDS", 0.0)
+    monkeypatch.setattr(reader, "BLOCK_BYTES", 50_000)
+    starts: list[int] = []
+    for after in (4, 9):
+        dying(store.root, starts, after, monkeypatch)
+        with pytest.raises(KeyboardInterrupt):
+            build(store, data, **fields)
+    dying(store.root, starts, 1_000, monkeypatch)
+    found = build(store, data, **fields)
+    assert found.content == expected.content
+    assert {**found.stats, "length_histogram": None} == {**expected.stats, "length_histogram": None}
+    assert found.stats["length_histogram"] == expected.stats["length_histogram"]
+    assert quarantine_of(found) == quarantine_of(expected)
+    assert 1 == starts[0] < starts[1] < starts[2]
+
+
+def test_a_journal_whose_shards_are_lost_is_passed_over(store: ArtifactStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(journal, "JOURNAL_SECONDS", 0.0)
+    monkeypatch.setattr(reader, "BLOCK_BYTES", 500)
+    expected = build(ArtifactStore(store.root.parent / "other"), json_lines(TEXTS), shard_bytes=4_000)
+    starts: list[int] = []
+    dying(store.root, starts, 3, monkeypatch)
+    with pytest.raises(KeyboardInterrupt):
+        build(store, json_lines(TEXTS), shard_bytes=4_000)
+    next(store.root.glob("documents-shard/*/documents.parquet")).unlink()
+    dying(store.root, starts, 1_000, monkeypatch)
+    assert build(store, json_lines(TEXTS), shard_bytes=4_000).content == expected.content
+    assert starts == [1, 1]
 
 
 @pytest.mark.parametrize("num_workers", [1, 2, 3])
@@ -231,28 +308,32 @@ def texts_in_shard(artifact: Artifact, entry: Any) -> list[str]:
     return texts
 
 
-EVERY_FIELD: dict[str, Any] = {
+EVERY_KEYED_FIELD: dict[str, Any] = {
     "text_field": "body",
     "max_documents": 10,
     "deduplicate": True,
+    "near_duplicates": NearDuplicates(),
     "min_characters": 1,
     "max_characters": 10,
+    "character_ratios": (CharacterRatio(characters="cjk", least=0.5),),
+    "filter": "wanted:keep",
     "validation_fraction": 0.1,
-    "max_quarantined_fraction": 0.5,
     "shard_bytes": 1_000,
 }
 
 
-def test_every_field_changes_the_identity() -> None:
-    assert set(EVERY_FIELD) == set(DocumentsSpec.model_fields)
-    identities = [DocumentsSpec(**{name: value}).identity() for name, value in EVERY_FIELD.items()]
+def test_every_field_that_can_change_a_byte_changes_the_identity() -> None:
+    assert set(EVERY_KEYED_FIELD) == set(DocumentsSpec.model_fields) - {"max_quarantined_fraction"}
+    identities = [DocumentsSpec(**{name: value}).identity() for name, value in EVERY_KEYED_FIELD.items()]
     assert DocumentsSpec().identity() not in identities
+    assert DocumentsSpec(max_quarantined_fraction=0.5).identity() == DocumentsSpec().identity()
 
 
 @pytest.mark.parametrize(
     "fields",
     [{"min_characters": 5, "max_characters": 4}, {"validation_fraction": 1.0}, {"validation_fraction": -0.1}, {"text_field": ""},
-     {"max_documents": 0}, {"shard_bytes": 0}, {"unknown": 1}],
+     {"max_documents": 0}, {"max_quarantined_fraction": 1.5}, {"filter": "keep"}, {"near_duplicates": {"num_bands": 7}},
+     {"character_ratios": [{"characters": "cjk", "least": 0.5, "most": 0.4}]}, {"shard_bytes": 0}, {"unknown": 1}],
 )  # fmt: skip
 def test_a_spec_that_cannot_be_meant_is_refused(fields: dict[str, Any]) -> None:
     with pytest.raises(ValidationError):

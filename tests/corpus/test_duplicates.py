@@ -1,13 +1,13 @@
 import hashlib
-import sqlite3
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from tasks.corpus import duplicates
-from tasks.corpus.duplicates import Seen, create_table, open_seen
+from tasks.corpus.duplicates import open_seen
 from tasks.errors import StoreError
 
 
@@ -33,16 +33,14 @@ def test_the_first_of_equal_digests_is_told_within_a_batch_and_across(tmp_path: 
 
 @given(st.lists(st.text(max_size=20)))
 def test_it_agrees_with_a_set(batches: list[str]) -> None:
-    connection, known = sqlite3.connect(":memory:"), set()
-    create_table(connection)
-    seen = Seen(connection)
-    for batch in batches:
-        expected = []
-        for letter in batch:
-            expected.append(letter not in known)
-            known.add(letter)
-        assert seen.firsts([hashlib.sha256(letter.encode("utf-8", "surrogatepass")).digest() for letter in batch]) == expected
-    connection.close()
+    known = set()
+    with TemporaryDirectory() as folder, open_seen(Path(folder)) as seen:
+        for batch in batches:
+            expected = []
+            for letter in batch:
+                expected.append(letter not in known)
+                known.add(letter)
+            assert seen.firsts([hashlib.sha256(letter.encode("utf-8", "surrogatepass")).digest() for letter in batch]) == expected
 
 
 def test_what_a_crash_left_is_forgotten(tmp_path: Path) -> None:

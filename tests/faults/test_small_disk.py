@@ -37,11 +37,7 @@ def small_disk(tmp_path_factory: pytest.TempPathFactory, sources: Sources) -> An
     return orjson.loads(run.stdout.splitlines()[-1])
 
 
-# tokenizers' own save raises a bare Exception there, which no one makes a StoreError of.
-TOKENIZER = pytest.param("tokenizer", marks=pytest.mark.xfail(strict=True, reason="tokenizer.save on a full disk: a traceback"))
-
-
-@pytest.mark.parametrize("node", [TOKENIZER if node == "tokenizer" else node for node in NODES])
+@pytest.mark.parametrize("node", NODES)
 @pytest.mark.parametrize("what", ["pages", "inodes"])
 def test_a_full_disk_is_said_in_one_line_with_its_path(node: str, what: str, small_disk: Any) -> None:
     errors = small_disk[what]["errors"][node]
