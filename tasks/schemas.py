@@ -10,6 +10,10 @@ EXAMPLES    examples         train.arrow         rows of exactly block_size ids,
 HELD_OUT    examples         held-out.arrow      one row a held-out conversation (IPC stream)
 """
 
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 
 SPLITS = ("train", "validation")
@@ -38,6 +42,17 @@ HELD_OUT = pa.schema(
         pa.field("response", pa.string(), nullable=False),  # the last answer, without its end marker
     ]
 )
+
+
+def as_column(values: npt.NDArray[Any]) -> pa.Array:
+    """A one-dimensional NumPy array as an Arrow array over the same memory. ``pa.array`` would import pandas: 0.2 s and 40 MB."""
+    values = np.ascontiguousarray(values)
+    return pa.Array.from_buffers(pa.from_numpy_dtype(values.dtype), len(values), [None, pa.py_buffer(values)])
+
+
+def as_ids(column: pa.Array) -> npt.NDArray[np.int32]:
+    """An Arrow array of int32 without nulls as a NumPy array over the same memory; ``to_numpy`` would import pandas."""
+    return np.frombuffer(column.buffers()[1], np.int32, len(column), column.offset * 4)
 
 
 def blocks_schema(block_size: int) -> pa.Schema:

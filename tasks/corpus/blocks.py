@@ -21,7 +21,7 @@ from pydantic import Field
 from tasks.corpus.shards import ShardWork, build_shards, load_shard
 from tasks.errors import CorpusError
 from tasks.machine import Machine
-from tasks.schemas import SPLITS, TAIL, blocks_schema
+from tasks.schemas import SPLITS, TAIL, as_column, as_ids, blocks_schema
 from tasks.store import Artifact, ArtifactStore, Built, Spec, Work, shard_entry, stage
 
 log = logging.getLogger(__name__)
@@ -122,7 +122,7 @@ def read_ids(path: Path) -> Iterator[Ids]:
     with pa.OSFile(str(path)) as source:  # not mapped: pages that were read would count as this process's memory
         reader = pa.ipc.open_file(source)
         for number in range(reader.num_record_batches):
-            waiting.append(reader.get_batch(number).column(0).flatten().to_numpy())
+            waiting.append(as_ids(reader.get_batch(number).column(0).flatten()))
             if sum(map(len, waiting)) >= BATCH_IDS:
                 yield np.concatenate(waiting)
                 waiting = []
@@ -152,7 +152,7 @@ class BlocksWriter:
             self._write_batch(self.waiting)
 
     def _write_batch(self, blocks: Ids) -> None:
-        column = pa.FixedSizeListArray.from_arrays(pa.array(blocks.reshape(-1)), type=self.schema.field(0).type)
+        column = pa.FixedSizeListArray.from_arrays(as_column(blocks.reshape(-1)), type=self.schema.field(0).type)
         self.writer.write_batch(pa.record_batch([column], schema=self.schema))
 
 
@@ -167,10 +167,10 @@ def open_blocks(path: Path, block_size: int) -> Iterator[BlocksWriter]:
 
 def write_tail(path: Path, tail: Ids) -> None:
     with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_stream(sink, TAIL) as writer:
-        writer.write_batch(pa.record_batch([pa.array(tail)], schema=TAIL))
+        writer.write_batch(pa.record_batch([as_column(tail)], schema=TAIL))
 
 
-def read_tail(path: Path) -> Any:
+def read_tail(path: Path) -> Ids:
     """The ids of a TAIL file."""
     with pa.OSFile(str(path)) as source:
-        return pa.ipc.open_stream(source).read_all()["input_ids"].to_numpy()
+        return as_ids(pa.ipc.open_stream(source).read_all()["input_ids"].combine_chunks())

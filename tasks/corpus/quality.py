@@ -126,6 +126,7 @@ def user_filter(name: str) -> Filter:
 
 def _import(name: str) -> Callable[[str], Any]:
     module, _, function = name.partition(":")
+    sys.modules.pop(module, None)  # the file's bytes of now are what the key says
     with _current_folder():
         try:
             found: Callable[[str], Any] = getattr(importlib.import_module(module), function)

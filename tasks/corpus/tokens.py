@@ -21,7 +21,7 @@ from tasks.corpus.shards import ShardWork, build_shards, load_shard
 from tasks.corpus.tokenizer import TOKENIZER_JSON, read_vocabulary
 from tasks.errors import CorpusError
 from tasks.machine import Machine
-from tasks.schemas import DOCUMENTS, SPLITS, TOKENS
+from tasks.schemas import DOCUMENTS, SPLITS, TOKENS, as_column
 from tasks.store import Artifact, ArtifactStore, Built, ShardEntry, Spec, Work, shard_entry, stage
 
 # One call of the encoder: its threads' work for a few milliseconds; the reference's memory (about 150 bytes a token) stays
@@ -207,5 +207,6 @@ def close_documents(encoded: Encoded, end_id: int) -> Encoded:
 
 def to_batch(encoded: Encoded) -> Any:
     """Rows of ids as a TOKENS record batch over the same buffers."""
-    rows = pa.LargeListArray.from_arrays(pa.array(encoded.offsets), pa.array(encoded.ids), type=TOKENS.field("input_ids").type)
+    offsets, ids = (as_column(values) for values in (encoded.offsets, encoded.ids))
+    rows = pa.LargeListArray.from_arrays(offsets, ids, type=TOKENS.field("input_ids").type)
     return pa.record_batch([rows], schema=TOKENS)

@@ -1,0 +1,92 @@
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tasks.corpus.documents import DocumentsSpec, build_documents
+from tasks.corpus.quality import CharacterRatio, filters_of, ratio_filter
+from tasks.errors import CorpusError, RecipeError
+from tasks.machine import Machine
+from tasks.store import Artifact, ArtifactStore
+
+from .conftest import json_lines, store_archive
+
+KEEP_SHORT = "def keep(text):\n    return len(text) < 5\n"
+
+
+@pytest.fixture
+def module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A module named wanted, in the current folder."""
+    monkeypatch.chdir(tmp_path)
+    path = tmp_path / "wanted.py"
+    path.write_text(KEEP_SHORT)
+    yield path
+    sys.modules.pop("wanted", None)
+
+
+def build(store: ArtifactStore, texts: list[str], **fields: object) -> Artifact:
+    spec = DocumentsSpec.model_validate({"validation_fraction": 0.0, **fields})
+    return build_documents(store, Machine(), spec, archive=store_archive(store, json_lines(texts)))
+
+
+@pytest.mark.parametrize(
+    ("characters", "text", "share"),
+    [
+        ("cjk", "春眠不觉晓, spring", 5 / 13),
+        ("latin", "春abＣé1", 4 / 6),
+        ("digits", "1２三4", 3 / 4),
+        ("punctuation", "好，。!x", 3 / 5),
+        ("whitespace", "a b\t\u3000", 3 / 5),
+    ],
+)
+def test_a_share_is_of_all_characters(characters, text, share) -> None:
+    kept = ratio_filter(CharacterRatio(characters=characters, least=share, most=share))
+    above = ratio_filter(CharacterRatio(characters=characters, least=min(share + 0.01, 1)))
+    assert (kept(text), above(text)) == (None, f"{characters} ratio")
+
+
+def test_an_empty_text_has_no_share() -> None:
+    assert ratio_filter(CharacterRatio(characters="cjk"))("") == "cjk ratio"
+
+
+def test_the_first_filter_that_refuses_a_text_is_its_reason() -> None:
+    filters = filters_of(2, 4, (CharacterRatio(characters="cjk", least=0.5),), None)
+    found = [next((reason for check in filters if (reason := check(text))), None) for text in ("春", "abc", "春眠不觉晓", "春眠")]
+    assert found == ["too short", "cjk ratio", "too long", None]
+
+
+def test_what_was_filtered_is_counted_by_its_reason(store: ArtifactStore, module: Path) -> None:
+    texts = ["春眠", "a", "春眠不觉晓啊啊", "abc", "春"]
+    ratio = {"characters": "cjk", "least": 0.5}
+    stats = build(store, texts, min_characters=1, character_ratios=(ratio,), filter="wanted:keep").stats
+    assert stats["filtered_by"] == {"cjk ratio": 2, "wanted:keep": 1}
+    assert (stats["num_lines"], stats["num_documents"], stats["num_filtered"]) == (5, 2, 3)
+
+
+def test_other_bytes_in_the_user_s_file_are_another_key_and_the_same_documents_the_same_content(
+    store: ArtifactStore, module: Path
+) -> None:
+    first = build(store, ["abc", "abcdef"], filter="wanted:keep")
+    assert build(store, ["abc", "abcdef"], filter="wanted:keep").found
+    module.write_text("# the short ones\n" + KEEP_SHORT)
+    again = build(store, ["abc", "abcdef"], filter="wanted:keep")
+    assert again.key != first.key
+    assert again.content == first.content
+    module.write_text("def keep(text):\n    return True\n")
+    assert build(store, ["abc", "abcdef"], filter="wanted:keep").stats["num_documents"] == 2
+
+
+@pytest.mark.parametrize(
+    ("source", "name", "error", "message"),
+    [
+        (KEEP_SHORT, "absent:keep", RecipeError, r"no module 'absent'; install it, or run where its file absent\.py lies"),
+        (KEEP_SHORT, "wanted:drop", RecipeError, r"wanted:drop: .*no attribute 'drop'; name a function as module:function"),
+        ("def keep(text):\n    return text.nothing\n", "wanted:keep", CorpusError, r"AttributeError.*on the text 'abc'"),
+        ("def keep(text):\n    return 1\n", "wanted:keep", CorpusError, r"returned 1 for 'abc'; return True to keep a text"),
+    ],
+)
+def test_a_function_that_cannot_be_used_is_told(store: ArtifactStore, module: Path, source, name, error, message) -> None:
+    module.write_text(source)
+    with pytest.raises(error, match=message):
+        build(store, ["abc"], filter=name)
