@@ -1,6 +1,7 @@
 """Measures examples packed into rows against each padded to a row. `python -m benchmarks.sft_packing`, two CPU minutes.
 
-The users' way pads every example to block_size, as the published recipe does, with a mask over the padding; its labels are right here, as they are not there, so that both learn the same. Ours is the packer's rows.
+The users' way pads every example to block_size, as the published recipe does, with a mask over the padding; its labels are
+right here, as they are not there, so that both learn the same. Ours is the packer's rows.
 
 Both train one model from the same weights over the same examples in the same steps: a step is what one packed row holds,
 forward, backward and AdamW, in turn, so that a busy machine slows both. Useful tokens are those that are not padding. Both
