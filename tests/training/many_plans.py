@@ -1,5 +1,6 @@
 """A worker that carries out several training plans one after the other: a launch costs seconds, a plan a fraction of one."""
 
+import os
 from typing import Any
 
 from accelerate.state import AcceleratorState, GradientState
@@ -17,3 +18,4 @@ def train_all(plan: dict[str, Any]) -> None:
 
 if __name__ == "__main__":
     run_rank(train_all)
+    os._exit(0)  # as the worker does: a thread of gloo that is still there when the interpreter ends aborts the process
