@@ -77,5 +77,4 @@ def die_in_save_of(step: int) -> None:
 
 if __name__ == "__main__":
     run_rank(train_all)
-    os._exit(0)  # as the worker does
     os._exit(0)  # as the worker ends
