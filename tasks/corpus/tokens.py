@@ -20,7 +20,7 @@ from tasks.corpus.encoder import Encoded, MismatchError, encoder_for, forget_enc
 from tasks.corpus.shards import ShardWork, build_shards, load_shard
 from tasks.corpus.tokenizer import TOKENIZER_JSON, read_vocabulary
 from tasks.errors import CorpusError
-from tasks.machine import Machine
+from tasks.machine import Machine, give_back_memory
 from tasks.schemas import DOCUMENTS, SPLITS, TOKENS, as_column
 from tasks.store import Artifact, ArtifactStore, Built, ShardEntry, Spec, Work, shard_entry, stage
 
@@ -106,7 +106,9 @@ def tokenize_in_pool(item: ShardWork) -> Artifact:
     spec = item.spec
     assert isinstance(spec, TokensSpec)
     with one_core():
-        return build_tokens_shard(store, Machine(), spec, **item.inputs)
+        artifact = build_tokens_shard(store, Machine(), spec, **item.inputs)
+    give_back_memory()
+    return artifact
 
 
 @stage("tokens-shard", revision=2)
