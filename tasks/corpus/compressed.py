@@ -126,15 +126,15 @@ class Stream:
     def read(self, size: int, /) -> bytes:
         try:
             data = self.decoder.read(size)
+            if not data and not self.is_ended:
+                self.is_ended = True
+                self.decoder.verify()  # decodes what is left: behind a tar's member there may be damage too
         except (OSError, RuntimeError, ValueError, LookupError, ArithmeticError) as error:  # what C++ raises becomes one of these
             problem = "truncated" if "Truncated" in str(error) else f"truncated or damaged ({str(error).strip()})"
             raise CorpusError(
                 f"{self.path}: the compressed stream is {problem} near byte {max(self.told, self._position())} of {self.size}; "
                 "fetch the archive again"
             ) from error
-        if not data and not self.is_ended:
-            self.is_ended = True
-            self.decoder.verify()
         self._tell(self.size if self.is_ended else self._position())
         return data
 

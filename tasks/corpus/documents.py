@@ -92,7 +92,7 @@ def build_documents(work: Work, spec: DocumentsSpec, archive: Artifact) -> Built
     with ExitStack() as stack:
         advance = stack.enter_context(work.machine.progress("documents", path.stat().st_size, "B"))
         shards = stack.enter_context(open_shards(work, spec.shard_bytes, spec.validation_fraction))
-        start, num_quarantine_bytes = journal.restore(work.store, ledger, shards)
+        start, num_quarantine_bytes = journal.restore(work.store, ledger, shards, scratch)
         quarantine = stack.enter_context(open_quarantine(scratch, num_quarantine_bytes))
         droppers = stack.enter_context(open_droppers(work, spec, shards))
         filters = filters_of(spec.min_characters, spec.max_characters, spec.character_ratios or (), spec.filter)

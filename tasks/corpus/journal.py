@@ -3,8 +3,8 @@
 Writes  .scratch/journal.json  where to read on, the counts, and the shards stored so far
         .scratch/pending-<n>   the documents read that fill no shard yet
 
-Both are on disk before the journal names them, and a journal that cannot be used is passed over: the build begins anew, and
-finds the shards that it had stored.
+The shards, the pending documents and the quarantine are on disk before the journal names them, and a journal that cannot be
+used is passed over: the build begins anew, and finds the shards that it had stored.
 """
 
 import json
@@ -66,19 +66,21 @@ class Journal:
         (self.folder / f"pending-{self.number}").unlink(missing_ok=True)
         self.number, self.num_full, self.written_at = self.number + 1, shards.num_full, time.monotonic()
 
-    def restore(self, store: ArtifactStore, ledger: Ledger, shards: Shards) -> tuple[Position, int]:
+    def restore(self, store: ArtifactStore, ledger: Ledger, shards: Shards, quarantine: Path) -> tuple[Position, int]:
         """Fill an empty ledger and empty shards with what the journal says.
 
         Returns where to read on, and the bytes of the quarantine that count; the beginning where there is no journal to use.
         """
+        if not self.path.exists():
+            return Position(), 0
         try:
             state = json.loads(self.path.read_bytes())
+            _check_quarantine(quarantine, state["num_quarantine_bytes"])
             entries, position = _entries(state, store), _position(state["position"])
             pending = dict(_read_pending(self.folder / f"pending-{state['number']}", state["pending"]))
-        except FileNotFoundError:
-            return Position(), 0
         except (OSError, ValueError, KeyError, TypeError) as error:
             log.warning("%s: cannot be used (%s); the archive is read from its beginning", self.path, error)
+            self.path.unlink()  # or a file that this build writes could one day pass for one that it names
             return Position(), 0
         _restore_ledger(ledger, state["ledger"])
         shards.entries.update(entries)
@@ -97,6 +99,11 @@ def _entries(state: dict[str, Any], store: ArtifactStore) -> dict[str, list[Shar
         if store.find(entry.kind, entry.key) is None:
             raise ValueError(f"the store lost the shard {entry.name}")
     return entries
+
+
+def _check_quarantine(path: Path, num_bytes: int) -> None:
+    if num_bytes and path.stat().st_size < num_bytes:
+        raise ValueError(f"{path} has {path.stat().st_size} bytes, fewer than {num_bytes}")
 
 
 def _position(state: dict[str, Any]) -> Position:

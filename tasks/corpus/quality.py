@@ -9,7 +9,9 @@ import re
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from importlib.machinery import ModuleSpec, SourceFileLoader
 from pathlib import Path
+from types import CodeType
 from typing import Any, Literal
 
 import numpy as np
@@ -94,11 +96,8 @@ def check_function_name(name: str) -> str:
 def digest_function(name: str) -> Digest:
     """The digest of the file that holds a user's function: other bytes there may drop other documents."""
     module = name.partition(":")[0]
-    with _current_folder():
-        try:
-            found = importlib.util.find_spec(module)
-        except ImportError:
-            found = None
+    with _current_folder(), _told(name):
+        found = _find(module)
     if found is None or not found.origin or not Path(found.origin).is_file():
         raise RecipeError(f"documents.filter: no module {module!r}; install it, or run where its file {module}.py lies")
     return digest_file(Path(found.origin))
@@ -126,13 +125,44 @@ def user_filter(name: str) -> Filter:
 
 def _import(name: str) -> Callable[[str], Any]:
     module, _, function = name.partition(":")
-    sys.modules.pop(module, None)  # the file's bytes of now are what the key says
-    with _current_folder():
-        try:
-            found: Callable[[str], Any] = getattr(importlib.import_module(module), function)
-        except (ImportError, AttributeError) as error:
-            raise RecipeError(f"documents.filter {name}: {error}; name a function as module:function") from error
-    return found
+    with _current_folder(), _told(name):
+        found = _find(module)
+        if found is None or found.loader is None:
+            raise ModuleNotFoundError(f"no module {module!r}")
+        if isinstance(found.loader, SourceFileLoader):
+            found.loader = _Uncached(module, found.loader.path)
+        sys.modules[module] = loaded = importlib.util.module_from_spec(found)
+        found.loader.exec_module(loaded)
+        keep: Callable[[str], Any] = getattr(loaded, function)
+    return keep
+
+
+class _Uncached(SourceFileLoader):
+    """Compiles the bytes of now, which the key says; Python's cache goes by the file's size and the second of its change."""
+
+    def get_code(self, fullname: str) -> CodeType:
+        path = self.get_filename(fullname)
+        return self.source_to_code(self.get_data(path), path)
+
+
+def _find(module: str) -> ModuleSpec | None:
+    """Where a module lies now: not where this process, perhaps in another folder, found it before."""
+    importlib.invalidate_caches()
+    parent = module.rpartition(".")[0]
+    path = importlib.import_module(parent).__path__ if parent else None
+    specs = (finder.find_spec(module, path) for finder in sys.meta_path)
+    return next((spec for spec in specs if spec), None)
+
+
+@contextmanager
+def _told(name: str) -> Iterator[None]:
+    """Turns whatever a user's module raises as it is imported into a RecipeError."""
+    try:
+        yield
+    except (ImportError, AttributeError) as error:
+        raise RecipeError(f"documents.filter {name}: {error}; name a function as module:function") from error
+    except (Exception, SystemExit) as error:
+        raise RecipeError(f"documents.filter {name}: {type(error).__name__}: {error}; mend the module") from error
 
 
 @contextmanager

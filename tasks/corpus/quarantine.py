@@ -32,8 +32,9 @@ class Quarantine:
         self.file.write(orjson.dumps(entry) + b"\n")
 
     def num_bytes(self) -> int:
-        """How long the scratch file is, with all that was added."""
+        """How long the scratch file is, with all that was added, on disk."""
         self.file.flush()
+        os.fsync(self.file.fileno())
         return self.file.tell()
 
 

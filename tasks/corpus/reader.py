@@ -97,7 +97,7 @@ def read_batches(
         return
     with open_member(path, advance, num_threads, start.offset, start.mark) as member:
         head = _head(path, member) if start == START else member.read(BLOCK_BYTES)
-        if start == START and head.lstrip().startswith(b"["):
+        if start == START and head.removeprefix(BYTE_ORDER_MARK).lstrip().startswith(b"["):
             yield from _read_array(path, member, head)
             return
         for lines, end in split_lines(path, member, head, start):

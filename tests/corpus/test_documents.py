@@ -288,6 +288,24 @@ def test_a_journal_whose_shards_are_lost_is_passed_over(store: ArtifactStore, mo
     assert starts == [1, 1]
 
 
+@pytest.mark.parametrize("spoil", [Path.unlink, lambda path: path.write_bytes(b"")])
+def test_a_journal_whose_quarantine_is_lost_is_passed_over(
+    store: ArtifactStore, monkeypatch: pytest.MonkeyPatch, spoil: Callable[[Path], object]
+) -> None:
+    monkeypatch.setattr(journal, "JOURNAL_SECONDS", 0.0)
+    monkeypatch.setattr(reader, "BLOCK_BYTES", 500)
+    data, fields = b"bad\n" + json_lines(TEXTS), {"shard_bytes": 4_000, "max_quarantined_fraction": 1.0}
+    expected = build(ArtifactStore(store.root.parent / "other"), data, **fields)
+    starts: list[int] = []
+    dying(store.root, starts, 3, monkeypatch)
+    with pytest.raises(KeyboardInterrupt):
+        build(store, data, **fields)
+    spoil(next(store.root.glob(".staging/documents/*/.scratch/quarantine.jsonl")))
+    dying(store.root, starts, 1_000, monkeypatch)
+    assert build(store, data, **fields).content == expected.content
+    assert starts == [1, 1]
+
+
 @pytest.mark.parametrize("num_workers", [1, 2, 3])
 def test_neither_compression_nor_workers_change_the_content(store: ArtifactStore, num_workers: int) -> None:
     expected = build(store, json_lines(TEXTS), shard_bytes=8_000).manifest

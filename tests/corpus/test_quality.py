@@ -1,3 +1,4 @@
+import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -5,10 +6,10 @@ from pathlib import Path
 import pytest
 
 from tasks.corpus.documents import DocumentsSpec, build_documents
-from tasks.corpus.quality import CharacterRatio, filters_of, ratio_filter
+from tasks.corpus.quality import CharacterRatio, digest_function, filters_of, ratio_filter, user_filter
 from tasks.errors import CorpusError, RecipeError
 from tasks.machine import Machine
-from tasks.store import Artifact, ArtifactStore
+from tasks.store import Artifact, ArtifactStore, digest_file
 
 from .conftest import json_lines, store_archive
 
@@ -77,9 +78,32 @@ def test_other_bytes_in_the_user_s_file_are_another_key_and_the_same_documents_t
     assert build(store, ["abc", "abcdef"], filter="wanted:keep").stats["num_documents"] == 2
 
 
+def test_bytes_of_the_same_size_and_time_are_not_taken_for_the_old_ones(
+    store: ArtifactStore, module: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "dont_write_bytecode", False)
+    assert build(store, ["abcdef", "abc"], filter="wanted:keep").stats["num_documents"] == 1
+    when = module.stat().st_mtime_ns
+    module.write_text(KEEP_SHORT.replace("5", "9"))
+    os.utime(module, ns=(when, when))
+    assert build(store, ["abcdef", "abc"], filter="wanted:keep").stats["num_documents"] == 2
+
+
+def test_the_key_is_of_the_file_in_the_current_folder(module: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    user_filter("wanted:keep")
+    (tmp_path / "other").mkdir()
+    monkeypatch.chdir(tmp_path / "other")
+    Path("wanted.py").write_text("def keep(text):\n    return False\n")
+    assert digest_function("wanted:keep") == digest_file(Path("wanted.py"))
+    assert user_filter("wanted:keep")("a") == "wanted:keep"
+
+
 @pytest.mark.parametrize(
     ("source", "name", "error", "message"),
     [
+        ("def keep(text) return 1\n", "wanted:keep", RecipeError, "SyntaxError: .*; mend the module"),
+        ("raise SystemExit(0)\n", "wanted:keep", RecipeError, "SystemExit: 0; mend the module"),
+        (KEEP_SHORT, "__main__:keep", RecipeError, "no module '__main__'"),
         (KEEP_SHORT, "absent:keep", RecipeError, r"no module 'absent'; install it, or run where its file absent\.py lies"),
         (KEEP_SHORT, "wanted:drop", RecipeError, r"wanted:drop: .*no attribute 'drop'; name a function as module:function"),
         ("def keep(text):\n    return text.nothing\n", "wanted:keep", CorpusError, r"AttributeError.*on the text 'abc'"),

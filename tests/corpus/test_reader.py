@@ -104,6 +104,10 @@ def test_a_json_array_gives_its_elements(tmp_path) -> None:
     assert list(read_records(write(tmp_path, b' [{"a": 1},\n {"a": 2}]'))) == [(1, {"a": 1}), (2, {"a": 2})]
 
 
+def test_a_byte_order_mark_may_stand_before_an_array(tmp_path) -> None:
+    assert list(read_records(write(tmp_path, b"\xef\xbb\xbf [1, 2]"))) == [(1, 1), (2, 2)]
+
+
 def test_an_array_cut_short_is_refused(tmp_path) -> None:
     with pytest.raises(CorpusError, match="begins as a JSON array, and is not one"):
         list(read_records(write(tmp_path, b'[{"a": 1},')))
@@ -234,6 +238,15 @@ def test_bytes_behind_the_stream_are_refused(tmp_path, codec) -> None:
 @pytest.mark.parametrize("codec", COMPRESSED, ids=str)
 def test_streams_end_to_end_are_one(tmp_path, codec) -> None:
     assert read_all(write(tmp_path, COMPRESSED[codec] * 2), codec[1]) == LONG * 2
+
+
+@pytest.mark.parametrize("num_threads", [1, 2])
+def test_damage_that_is_met_only_as_the_end_is_checked_is_told(tmp_path, num_threads) -> None:
+    path = write(tmp_path, bz2.compress(b"member") + 50 * bz2.compress(bytes(1000)) + bz2.compress(bytes(1000))[:-5])
+    with open_decompressed(path, lambda amount: None, num_threads) as stream:
+        assert stream.read(6) == b"member"
+        with pytest.raises(CorpusError, match="truncated or damaged"):
+            stream.read(0)  # as the reader does behind a tar's member
 
 
 def test_bzip2_blocks_that_were_lost_from_the_middle_are_missed(tmp_path) -> None:
