@@ -242,7 +242,10 @@ def test_streams_end_to_end_are_one(tmp_path, codec) -> None:
 
 @pytest.mark.parametrize("num_threads", [1, 2])
 def test_damage_that_is_met_only_as_the_end_is_checked_is_told(tmp_path, num_threads) -> None:
-    path = write(tmp_path, bz2.compress(b"member") + 50 * bz2.compress(bytes(1000)) + bz2.compress(bytes(1000))[:-5])
+    damaged = bytearray(bz2.compress(bytes(1000)))
+    damaged[12] ^= 1  # of the block's CRC
+    behind = bz2.compress(bytes(4 << 20))  # more than is decoded ahead
+    path = write(tmp_path, bz2.compress(b"member") + behind + damaged)
     with open_decompressed(path, lambda amount: None, num_threads) as stream:
         assert stream.read(6) == b"member"
         with pytest.raises(CorpusError, match="truncated or damaged"):
