@@ -96,30 +96,46 @@ class CheckpointWriter:
         if errors := [error for _, error in parts if error]:
             raise errors[0]
         if rank() == 0:
-            files = {name: entry for part, _ in parts for name, entry in part.items()}
-            seal_checkpoint(saving.folder, {**self.facts, "step": saving.step}, files)
-            prune_checkpoints(self.root)
+            self._seal(saving, {name: entry for part, _ in parts for name, entry in part.items()})
             seconds = time.monotonic() - saving.started
             log.info("%s: training stopped %.2f s, sealed after %.1f s", saving.folder.name, saving.stopped_seconds, seconds)
         self.saving = None
 
+    def _seal(self, saving: Saving, files: dict[str, Any]) -> None:
+        try:
+            seal_checkpoint(saving.folder, {**self.facts, "step": saving.step}, files)
+            prune_checkpoints(self.root)
+        except OSError as error:
+            raise StoreError(
+                f"{saving.folder}: cannot be sealed, or older ones not be deleted ({error}); mend that and run again, to go on "
+                "from the newest whole checkpoint"
+            ) from error
+
 
 def _write(saving: Saving, tensors: Snapshot, notes: dict[str, bytes]) -> None:
+    """Never raises: an exception would end this thread alone, and the others' parts would be sealed as a whole checkpoint."""
+    remedy = "mend that and run again, to go on from the checkpoint before it"
+    where = f"{saving.folder}: rank {rank()} of {num_ranks()} cannot write it"
+    try:
+        _write_part(saving, tensors, notes)
+    except SeqmillError as error:
+        saving.error = error
+    except OSError as error:
+        saving.error = StoreError(f"{where} ({error.strerror or error}); {remedy}")
+    except Exception as error:  # such as memory that is used up
+        log.warning("%s", where, exc_info=True)
+        saving.error = WorkerError(f"{where} ({type(error).__name__}: {error}); {remedy}")
+
+
+def _write_part(saving: Saving, tensors: Snapshot, notes: dict[str, bytes]) -> None:
     if lost := next((name for name, tensor in tensors.items() if not torch.isfinite(tensor).all()), None):
-        saving.error = WorkerError(
+        raise WorkerError(
             f"{saving.folder}: not kept: {lost} holds numbers that are not finite; lower learning_rate or raise warmup_steps, "
             "the checkpoint before it is kept"
         )
-        return
-    try:
-        saving.folder.mkdir(parents=True, exist_ok=True)
-        name = f"rank-{rank()}.safetensors"
-        saving.files[name] = write_snapshot(saving.folder / name, tensors)
-        for note, data in notes.items():
-            write_atomically(saving.folder / note, data)
-            saving.files[note] = {"num_bytes": len(data), "digest": digest_bytes(data)}
-    except OSError as error:
-        saving.error = StoreError(
-            f"{saving.folder}: rank {rank()} of {num_ranks()} cannot write it ({error.strerror or error}); mend that and run "
-            "again, to go on from the checkpoint before it"
-        )
+    saving.folder.mkdir(parents=True, exist_ok=True)
+    name = f"rank-{rank()}.safetensors"
+    saving.files[name] = write_snapshot(saving.folder / name, tensors)
+    for note, data in notes.items():
+        write_atomically(saving.folder / note, data)
+        saving.files[note] = {"num_bytes": len(data), "digest": digest_bytes(data)}

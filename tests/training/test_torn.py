@@ -121,6 +121,36 @@ def test_numbers_that_are_not_finite_are_never_sealed(tmp_path: Path) -> None:
     assert newest_checkpoint(tmp_path, FACTS) == older
 
 
+def test_a_part_that_cannot_be_written_for_whatever_reason_is_never_sealed_over(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An exception in a thread ends that thread alone: what it left out must not be taken for written."""
+
+    def no_memory(path: Path, tensors: dict[str, torch.Tensor]) -> dict[str, Any]:
+        raise MemoryError("4 GB")
+
+    older = saved(tmp_path, 1)
+    monkeypatch.setattr("tasks.training.saving.write_snapshot", no_memory)
+    writer = CheckpointWriter(tmp_path, FACTS, Ranks())
+    writer.begin(2, halves(2)[0], {PROGRESS: b"{}"}, 0.0)
+    with pytest.raises(WorkerError, match=r"checkpoint-2: rank 0 of 1 cannot write it \(MemoryError: 4 GB\); mend that"):
+        writer.finish()
+    assert newest_checkpoint(tmp_path, FACTS) == older
+
+
+def test_a_disk_that_is_full_at_the_manifest_is_told_as_such(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_space(*_: Any) -> None:
+        raise OSError(28, "No space left on device", str(tmp_path / "manifest.json"))
+
+    older = saved(tmp_path, 1)
+    monkeypatch.setattr("tasks.training.saving.seal_checkpoint", no_space)
+    writer = CheckpointWriter(tmp_path, FACTS, Ranks())
+    writer.begin(2, halves(2)[0], {PROGRESS: b"{}"}, 0.0)
+    with pytest.raises(StoreError, match=r"checkpoint-2: cannot be sealed.*No space left on device.*mend that and run again"):
+        writer.finish()
+    assert newest_checkpoint(tmp_path, FACTS) == older
+
+
 def test_what_the_writer_seals_is_whole_and_older_ones_are_pruned(tmp_path: Path) -> None:
     writer = CheckpointWriter(tmp_path, FACTS, Ranks())
     for step in (1, 2, 3):
