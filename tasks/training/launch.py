@@ -67,6 +67,10 @@ def run_worker(
         with stop_on_sigterm(stop_path) as is_overdue:
             for line in _lines(process, is_overdue):
                 listener.hear(line)
+            if is_overdue() and process.poll() is None:
+                raise WorkerError(
+                    f"{label}: told to stop, still running {STOP_SECONDS:g} s later; run again to go on from the last checkpoint"
+                )
         code = process.wait()
     finally:
         stop(process)

@@ -4,6 +4,7 @@ import json
 import logging
 import os
 import select
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -17,7 +18,7 @@ from tasks.training.launch import launcher_command, run_worker
 from tasks.training.lines import level_of
 
 WORKER = """
-import logging, os, time
+import logging, os, signal, time
 from tasks.errors import RecipeError
 from tasks.training.rank import report_metrics, run_rank, speak
 
@@ -31,7 +32,9 @@ def work(plan):
         raise RecipeError("adapter: no module is named q; name another")
     if plan["do"] == "die":
         os.kill(os.getpid(), 9)
-    if plan["do"] == "wait":
+    if plan["do"] == "be deaf":
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    if plan["do"] in ("wait", "be deaf"):
         report_metrics({"pid": os.getpid()})
         time.sleep(100)
 
@@ -86,6 +89,22 @@ def test_an_interrupt_takes_the_ranks_down(launch: Any) -> None:
 
     with pytest.raises(KeyboardInterrupt):
         launch("wait", on_metrics=interrupt)
+    assert not is_alive(pids[0])
+
+
+def test_ranks_that_are_deaf_to_a_stop_are_taken_down_when_their_time_is_over(
+    tmp_path: Path, launch: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tasks.training.launch.STOP_SECONDS", 0.0)
+    monkeypatch.setattr("tasks.training.launch.GRACE_SECONDS", 0.0)
+    pids: list[int] = []
+
+    def tell(metrics: dict[str, Any]) -> None:
+        pids.append(metrics["pid"])
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    with pytest.raises(WorkerError, match=r"^pretrained: told to stop, still running 0 s later; run again to go on"):
+        launch("be deaf", on_metrics=tell, stop_path=tmp_path / "stop")
     assert not is_alive(pids[0])
 
 
