@@ -18,12 +18,18 @@ from tasks.corpus.turns import Turn, json_type, text_of
 
 def tools_turn(record: Mapping[str, Any]) -> Turn | None:
     """The functions that a record lists, as the turn before all others. Raises ValueError for a list that is none."""
-    tools = _parsed(record.get("tools"), "tools")
-    if tools in (None, [], ""):
-        tools = [{"type": "function", "function": function} for function in record.get("functions") or []]
-    if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
-        raise ValueError(f"'tools' is a JSON {json_type(tools)}, not a list of objects")
+    tools = _listed(_parsed(record.get("tools"), "tools"), "tools")
+    functions = _listed(record.get("functions"), "functions")
+    tools = tools or [{"type": "function", "function": function} for function in functions]
     return Turn("tools", _dumped(tools, "'tools'")) if tools else None
+
+
+def _listed(value: object, name: str) -> list[dict[str, Any]]:
+    if value in (None, ""):
+        return []
+    if not isinstance(value, list) or not all(isinstance(entry, dict) for entry in value):
+        raise ValueError(f"{name!r} is a JSON {json_type(value)}, not a list of objects")
+    return value
 
 
 def is_call(turn: Mapping[str, Any]) -> bool:

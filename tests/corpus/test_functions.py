@@ -79,6 +79,8 @@ def test_what_comes_behind_the_last_answer_is_left_away() -> None:
         (openai({"tool_calls": [{"function": {"name": "f", "arguments": "{"}}]}), "turn 2: arguments of f: not JSON"),
         ({"messages": [ASKED, ANSWERED], "tools": [1]}, "'tools' is a JSON array, not a list of objects"),
         ({"messages": [ASKED, ANSWERED], "tools": "weather"}, "tools: not JSON"),
+        ({"messages": [ASKED, ANSWERED], "functions": 5}, "'functions' is a JSON number, not a list of objects"),
+        ({"messages": [ASKED, ANSWERED], "functions": {"name": "f"}}, "'functions' is a JSON object, not a list of objects"),
         (
             {"messages": [ASKED, {"role": "tool", "content": "晴"}, ANSWERED]},
             "turn 2 is the tool's where the assistant is to speak",
