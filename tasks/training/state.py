@@ -50,8 +50,10 @@ def pieces(engine: Any) -> Iterator[Piece]:
     optimizer, names = engine.optimizer, engine.param_names
     if hasattr(optimizer, "fp32_partitioned_groups_flat"):
         yield from _of_stage_3(optimizer, names)
-    elif groups := getattr(optimizer, "bit16_groups", None) or getattr(optimizer, "bf16_groups", None):
-        yield from _of_stages_1_and_2(optimizer, groups, names)
+    elif hasattr(optimizer, "bit16_groups"):
+        yield from _of_stages_1_and_2(optimizer, optimizer.bit16_groups, optimizer.bit16_groups_flat, names)
+    elif hasattr(optimizer, "bf16_groups"):  # stage 1 that sums gradients in fp32
+        yield from _of_stages_1_and_2(optimizer, optimizer.bf16_groups, optimizer.bf16_groups_flat, names)
     else:
         yield from _of_stage_0(optimizer, names)
 
@@ -65,14 +67,18 @@ def _of_stage_0(optimizer: Any, names: dict[Any, str]) -> Iterator[Piece]:
             yield Piece(names[weight], 0, weight.numel(), copy, 0)
 
 
-def _of_stages_1_and_2(optimizer: Any, groups: Any, names: dict[Any, str]) -> Iterator[Piece]:
-    """A group's weights lie one after the other, cut into as many equal parts as there are ranks."""
-    for weights, group in zip(groups, base_optimizer(optimizer).param_groups, strict=True):
-        (flat,) = group["params"]
+def _of_stages_1_and_2(optimizer: Any, groups: Any, flats: Any, names: dict[Any, str]) -> Iterator[Piece]:
+    """A group's weights lie in one tensor, in DeepSpeed's order, cut into as many equal parts as there are ranks."""
+    held = base_optimizer(optimizer).param_groups
+    for weights, flat, ranks, group in zip(groups, flats, optimizer.real_dp_process_group, held, strict=True):
+        (part,) = group["params"]
+        first = torch.distributed.get_rank(group=ranks) * part.numel()
         for weight in weights:
-            if found := weight._hp_mapping:
-                own, place = found.lp_fragment_address, found.hp_fragment_address
-                yield Piece(names[weight], own.start, own.numel, flat, place.start)
+            # By address: DeepSpeed's own _hp_mapping tells another place under round_robin_gradients.
+            place = (weight.data_ptr() - flat.data_ptr()) // weight.element_size()
+            start, end = max(first - place, 0), min(first + part.numel() - place, weight.numel())
+            if start < end:
+                yield Piece(names[weight], start, end - start, part, place + start - first)
 
 
 def _of_stage_3(optimizer: Any, names: dict[Any, str]) -> Iterator[Piece]:
