@@ -116,7 +116,8 @@ class Maker:
             rendered = [(one, text) for one in batch if (text := self._render(one))]
             examples = make_examples(self.chat, [text for _, text in rendered])
             for (one, text), example in zip(rendered, examples, strict=True):
-                self._place(*self._fitted(one, text, example))
+                if fitted := self._fitted(one, text, example):
+                    self._place(*fitted)
 
     def _sift(self, conversations: Iterable[tuple[int, Conversation]]) -> Iterator[Numbered]:
         for line, conversation in conversations:
@@ -155,13 +156,15 @@ class Maker:
             self.intake.refuse(one.line, str(refusal), [list(turn) for turn in one.conversation])
             return None
 
-    def _fitted(self, one: Numbered, text: Rendered, example: Example) -> tuple[Numbered, Rendered, Example]:
-        """Drop the earliest question and its answer until the rest fits, where the spec says so."""
+    def _fitted(self, one: Numbered, text: Rendered, example: Example) -> tuple[Numbered, Rendered, Example] | None:
+        """Drop the earliest question and its answer until the rest fits, where the spec says so; None for a rest refused."""
         if len(example.input_ids) <= self.spec.block_size or self.spec.too_long != "drop_turns":
             return one, text, example
         while len(example.input_ids) > self.spec.block_size and (shorter := without_first_pair(one.conversation)):
             one = one._replace(conversation=shorter)
-            text = render(self.chat, shorter)
+            if (rest := self._render(one)) is None:
+                return None
+            text = rest
             (example,) = make_examples(self.chat, [text])
         self.counts["num_shortened"] += len(example.input_ids) <= self.spec.block_size
         return one, text, example

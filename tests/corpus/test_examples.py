@@ -182,6 +182,14 @@ def test_turns_are_dropped_from_the_front_where_the_spec_says_so(make: Callable[
     assert adds_up(artifact.stats)
 
 
+def test_a_conversation_whose_rest_the_template_refuses_goes_to_quarantine(make: Callable[..., Artifact]) -> None:
+    template = "{% if 'c' in messages[0].content %}{{ raise_exception('begins in the middle') }}{% endif %}" + QWEN3
+    lines = belle("a" * 30, "b" * 30, "c" * 9, "d" * 9) + belle("e", "f")
+    artifact = make(lines, template=template, too_long="drop_turns", max_quarantined_fraction=0.5)
+    assert refused(artifact) == [(1, "the chat template refuses it: begins in the middle")]
+    assert adds_up(artifact.stats)
+
+
 def test_a_system_turn_is_put_where_there_is_none_and_stays_when_turns_are_dropped(make: Callable[..., Artifact]) -> None:
     turns = [{"role": role, "content": role[0]} for role in ("system", "user", "assistant")]
     own = make(json.dumps({"messages": turns}).encode()).stats["num_tokens"]
