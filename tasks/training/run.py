@@ -117,12 +117,7 @@ def make_plan(work: Work, spec: OptimizationSpec, kind: str, rows: Rows, start: 
         log.warning("%s: no validation row, so no validation loss; raise validation_fraction to have one", kind)
     deepspeed = load_deepspeed_config(settings.deepspeed_config)
     batch = derive_batch(spec.global_batch_size, settings, rows.block_size * start.vocab_size)
-    facts = {
-        "data": rows.content,
-        "spec": spec.identity(),
-        "num_ranks": batch.num_ranks,
-        "zero_stage": zero_stage(deepspeed),
-    }
+    facts = {"data": rows.content, "spec": spec.identity(), "num_ranks": batch.num_ranks, "zero_stage": zero_stage(deepspeed)}
     checkpoints = work.scratch / "checkpoints"
     resume = newest_checkpoint(checkpoints, facts)
     return TrainingPlan(
