@@ -74,7 +74,10 @@ def newest_checkpoint(root: Path, facts: dict[str, Any]) -> Path | None:
     Raises StoreError, with the fields that differ, where it belongs to other data or another spec.
     """
     for folder in checkpoint_folders(root):
-        manifest, problem = _verified(folder)
+        try:
+            manifest, problem = _verified(folder)
+        except OSError as error:  # may pass, as a network's does: no reason to give the checkpoint up
+            raise StoreError(f"{folder}: cannot be read ({error.strerror or error}); mend that and run again") from error
         if problem:
             log.warning("%s: passed over: %s", folder, problem)
             continue
@@ -118,7 +121,7 @@ def _verified(folder: Path) -> tuple[dict[str, Any] | None, str | None]:
         digest = manifest["digest"]
     except FileNotFoundError:
         return None, "no manifest: its writing was cut short"
-    except (OSError, orjson.JSONDecodeError) as error:
+    except orjson.JSONDecodeError as error:
         return None, f"unreadable manifest ({error})"
     except (KeyError, TypeError) as error:
         return None, f"incomplete manifest (no {error})"

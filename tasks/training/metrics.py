@@ -6,6 +6,7 @@ Writes  metrics.jsonl   one JSON object a report
 
 import math
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -32,11 +33,15 @@ class MetricsFile:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """Every whole row of a metrics file; nothing where there is no file. A last line cut short by a crash is passed over."""
+    """Every whole row of a metrics file; nothing where there is no file. What a crash cut short or left empty is passed over."""
     if not path.exists():
         return []
     *lines, _ = path.read_bytes().split(b"\n")
-    return [orjson.loads(line) for line in lines]
+    rows = []
+    for line in lines:
+        with suppress(orjson.JSONDecodeError):
+            rows.append(orjson.loads(line))
+    return rows
 
 
 def final_loss(rows: list[dict[str, Any]], num_steps: int) -> float | None:

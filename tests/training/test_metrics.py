@@ -52,3 +52,9 @@ def test_the_progress_bar_moves_by_steps_from_where_the_run_resumed(tmp_path: Pa
     hear({"step": 15, "validation_loss": 1.0})
     assert moved == [10, 5, 0]
     assert told[0] == {"kind": "pretrained", "step": 15, "loss": 1.0}
+
+
+def test_a_line_left_empty_by_a_power_cut_is_passed_over(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.write_bytes(b'{"step": 1}\n' + b"\0" * 20 + b'\n{"step": 3}\n')
+    assert read_metrics(path) == [{"step": 1}, {"step": 3}]

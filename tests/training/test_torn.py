@@ -185,3 +185,13 @@ def test_retention_counts_whole_checkpoints_only(tmp_path: Path) -> None:
         (tmp_path / f"checkpoint-{step}" / MANIFEST_NAME).unlink()
     prune_checkpoints(tmp_path)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint-2", "checkpoint-3", "checkpoint-4", "checkpoint-5"]
+
+
+def test_a_checkpoint_that_cannot_be_read_is_not_given_up(tmp_path: Path) -> None:
+    for step in (1, 2):
+        saved(tmp_path, step)
+    manifest = tmp_path / "checkpoint-2" / MANIFEST_NAME
+    manifest.unlink()
+    manifest.mkdir()  # any error but absence: a passing one of a network's file system reads the same
+    with pytest.raises(StoreError, match=r"checkpoint-2: cannot be read \(.*\); mend that and run again"):
+        newest_checkpoint(tmp_path, FACTS)
