@@ -13,12 +13,12 @@ from pathlib import Path
 
 from pydantic import field_validator
 
-from tasks.corpus.fetch import Fetched, Remote, ask, check_room, discard, fetch, write_all
+from tasks.corpus.fetch import Fetched, Remote, ask, check_room, discard, fetch
 from tasks.corpus.sources import check_url, resolve
 from tasks.errors import SourceError
 from tasks.machine import Machine
 from tasks.store import Artifact, ArtifactStore, Built, Digest, Spec, Work, digest_file, stage, unkeyed
-from tasks.store.digest import READ_BYTES
+from tasks.store.digest import READ_BYTES, write_all
 
 log = logging.getLogger(__name__)
 

@@ -12,7 +12,6 @@ import shutil
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from io import RawIOBase
 from pathlib import Path
 from typing import TypeVar
 
@@ -20,7 +19,7 @@ import httpx
 
 from tasks.errors import DiskSpaceError, SourceError
 from tasks.machine import Advance, Progress
-from tasks.store.digest import READ_BYTES, write_atomically
+from tasks.store.digest import READ_BYTES, write_all, write_atomically
 
 log = logging.getLogger(__name__)
 
@@ -150,13 +149,6 @@ def fetch(url: str, folder: Path, progress: Progress, sleep: Callable[[float], N
                 f"{partial.size:,} bytes are kept: run again to go on from there"
             ) from dropped
     return partial.fetched()
-
-
-def write_all(target: RawIOBase, data: bytes) -> None:
-    """Write all of ``data``: one write to a disk that is nearly full takes a part of it, without an error."""
-    left = memoryview(data)
-    while left:
-        left = left[target.write(left) or 0 :]
 
 
 def discard(folder: Path) -> None:

@@ -6,6 +6,7 @@ import json
 import math
 import os
 from collections.abc import Callable
+from io import RawIOBase
 from pathlib import Path
 from typing import Any, NewType
 
@@ -106,12 +107,24 @@ def write_atomically(path: Path, data: bytes) -> None:
     partial.rename(path)
 
 
+def write_all(target: RawIOBase, data: bytes | memoryview) -> None:
+    """Write all of ``data``: one write to a disk that is nearly full takes a part of it, without an error."""
+    left = memoryview(data)
+    while left:
+        left = left[target.write(left) or 0 :]
+
+
 def fsync_tree(folder: Path) -> None:
     """Put every file and folder below ``folder`` on disk."""
     for base, _, names in os.walk(folder):
         for name in [*names, "."]:
-            descriptor = os.open(os.path.join(base, name), os.O_RDONLY)
-            try:
-                os.fsync(descriptor)
-            finally:
-                os.close(descriptor)
+            fsync_path(Path(base, name))
+
+
+def fsync_path(path: Path) -> None:
+    """Put a file, or a folder's list of names, on disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -21,7 +21,7 @@ from pydantic import ValidationError
 
 from tasks.errors import RefError, StoreError
 from tasks.store.artifact import MANIFEST_NAME, Artifact, FileEntry, Manifest, ShardEntry, content_of
-from tasks.store.digest import Digest, DigestMemory, digest_file, digest_json, fsync_tree
+from tasks.store.digest import Digest, DigestMemory, digest_file, digest_json, fsync_path, fsync_tree
 
 log = logging.getLogger(__name__)
 
@@ -139,12 +139,8 @@ class ArtifactStore:
         fsync_tree(staging)
         target.parent.mkdir(parents=True, exist_ok=True)
         staging.rename(target)
-        _fsync_folder(target.parent)
+        fsync_path(target.parent)
         return Artifact(self.root, manifest, found=False)
-
-    def clear_staging(self, kind: str, key: Digest) -> None:
-        """Forget an unfinished build."""
-        shutil.rmtree(self.root / ".staging" / kind / key, ignore_errors=True)
 
     def artifacts(self, kind: str | None = None) -> Iterator[Artifact]:
         """Every finished artifact, of one kind where named, oldest first."""
@@ -179,11 +175,3 @@ def _entries(staging: Path, known: dict[str, Digest]) -> Iterator[FileEntry]:
             if relative == MANIFEST_NAME:
                 continue
             yield FileEntry(name=relative, num_bytes=path.stat().st_size, digest=known.get(relative) or digest_file(path))
-
-
-def _fsync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

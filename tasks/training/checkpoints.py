@@ -5,7 +5,6 @@ Writes  checkpoints/checkpoint-<step>/manifest.json   {"facts", "files", "digest
 """
 
 import logging
-import os
 import re
 import shutil
 from collections.abc import Iterator
@@ -16,7 +15,7 @@ import orjson
 
 from tasks.errors import StoreError
 from tasks.store import digest_file, digest_json, write_atomically
-from tasks.store.digest import fsync_tree
+from tasks.store.digest import fsync_path
 
 log = logging.getLogger(__name__)
 
@@ -29,33 +28,16 @@ SAME = ("data", "spec")
 MOST_FIELDS = 6  # named in the message that refuses a checkpoint
 
 
-def seal_checkpoint(folder: Path, facts: dict[str, Any], files: dict[str, Any] | None = None) -> None:
+def seal_checkpoint(folder: Path, facts: dict[str, Any], files: dict[str, Any]) -> None:
     """Write a checkpoint's manifest, which makes it exist. Call it once all ranks have saved.
 
-    files: size and digest of each, by name, of files that are on disk; None: they are read, and put there.
+    files: size and digest of each, by name, of files that are on disk.
     """
-    if files is None:
-        (folder / MANIFEST_NAME).unlink(missing_ok=True)
-        fsync_tree(folder)
-        files = {
-            path.relative_to(folder).as_posix(): {"num_bytes": path.stat().st_size, "digest": digest_file(path)}
-            for path in sorted(folder.rglob("*"))
-            if path.is_file()
-        }
-    fsync_folder(folder)  # the files' names
+    fsync_path(folder)  # the files' names
     body = {"facts": facts, "files": files}
     write_atomically(folder / MANIFEST_NAME, orjson.dumps({**body, "digest": digest_json(body)}))
-    fsync_folder(folder)
-    fsync_folder(folder.parent)
-
-
-def fsync_folder(folder: Path) -> None:
-    """Put a folder's list of names on disk."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    fsync_path(folder)
+    fsync_path(folder.parent)
 
 
 def prune_checkpoints(root: Path, keep: int = NUM_KEPT) -> None:

@@ -20,6 +20,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from tasks.errors import StoreError
+from tasks.store.digest import write_all
 
 WEIGHT = "weight"
 MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -129,9 +130,7 @@ def write_snapshot(path: Path, tensors: Snapshot) -> dict[str, Any]:
         for view in (memoryview(len(header).to_bytes(8, "little")), memoryview(header), *map(_bytes, tensors.values())):
             digest.update(view)
             num_bytes += len(view)
-            written = 0
-            while written < len(view):  # a disk that is almost full takes a part, and only then fails
-                written += target.write(view[written:])
+            write_all(target, view)
         os.fsync(target.fileno())
     return {"num_bytes": num_bytes, "digest": digest.hexdigest()}
 

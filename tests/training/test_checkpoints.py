@@ -5,7 +5,8 @@ from typing import Any
 import pytest
 
 from tasks.errors import StoreError
-from tasks.training.checkpoints import clear_torn, newest_checkpoint, prune_checkpoints, seal_checkpoint, written_facts
+from tasks.training.checkpoints import clear_torn, newest_checkpoint, prune_checkpoints, written_facts
+from tests.training.sealing import seal
 
 SPEC = {"learning_rate": 0.01, "model": {"config": {"hidden_size": 32}}}
 FACTS = {"data": "d" * 64, "spec": SPEC, "num_ranks": 2, "zero_stage": 2}
@@ -17,7 +18,7 @@ def saved(root: Path, step: int, facts: dict[str, Any] | None = FACTS) -> Path:
     (folder / f"global_step{step}" / "model.pt").write_bytes(b"weights")
     (folder / "trainer_state.json").write_bytes(b"{}")
     if facts:
-        seal_checkpoint(folder, facts)
+        seal(folder, facts)
     return folder
 
 
@@ -109,5 +110,5 @@ def test_what_is_newer_than_the_one_resumed_from_is_cleared(tmp_path: Path) -> N
 def test_sealing_again_replaces_the_manifest(tmp_path: Path) -> None:
     folder = saved(tmp_path, 1)
     (folder / "trainer_state.json").write_bytes(b'{"step": 1}')
-    seal_checkpoint(folder, FACTS)
+    seal(folder, FACTS)
     assert newest_checkpoint(tmp_path, FACTS) == folder

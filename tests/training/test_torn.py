@@ -10,9 +10,10 @@ import pytest
 import torch
 
 from tasks.errors import StoreError, WorkerError
-from tasks.training.checkpoints import MANIFEST_NAME, newest_checkpoint, prune_checkpoints, seal_checkpoint
+from tasks.training.checkpoints import MANIFEST_NAME, newest_checkpoint, prune_checkpoints
 from tasks.training.saving import PROGRESS, TRAINER_STATE, CheckpointWriter, Ranks
 from tasks.training.state import MOMENTS, WEIGHT, SavedState, write_snapshot
+from tests.training.sealing import seal
 
 FACTS: dict[str, Any] = {"data": "d" * 64, "spec": {"seed": 0}, "num_ranks": 2, "zero_stage": 2}
 FILES = ("rank-0.safetensors", "rank-1.safetensors", PROGRESS, TRAINER_STATE, MANIFEST_NAME)
@@ -31,7 +32,7 @@ def saved(root: Path, step: int) -> Path:
         write_snapshot(folder / f"rank-{rank}.safetensors", tensors)
     for name in (PROGRESS, TRAINER_STATE):
         (folder / name).write_bytes(b'{"num_steps": %d, "schedule": {"last_epoch": %d}}' % (step, step))
-    seal_checkpoint(folder, {**FACTS, "step": step})
+    seal(folder, {**FACTS, "step": step})
     return folder
 
 
