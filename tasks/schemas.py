@@ -52,7 +52,14 @@ def as_column(values: npt.NDArray[Any]) -> pa.Array:
 
 def as_ids(column: pa.Array) -> npt.NDArray[np.int32]:
     """An Arrow array of int32 without nulls as a NumPy array over the same memory; ``to_numpy`` would import pandas."""
+    if len(column) == 0:  # it may have no buffer
+        return np.empty(0, np.int32)
     return np.frombuffer(column.buffers()[1], np.int32, len(column), column.offset * 4)
+
+
+def as_rows(values: npt.NDArray[np.int32], rows: pa.Field) -> pa.Array:
+    """A table (n, block_size) as a column of that field, over the same memory."""
+    return pa.FixedSizeListArray.from_arrays(as_column(values.reshape(-1)), type=rows.type)
 
 
 def blocks_schema(block_size: int) -> pa.Schema:

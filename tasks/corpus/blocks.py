@@ -21,7 +21,7 @@ from pydantic import Field
 from tasks.corpus.shards import ShardWork, build_shards, load_shard
 from tasks.errors import CorpusError
 from tasks.machine import Machine
-from tasks.schemas import SPLITS, TAIL, as_column, as_ids, blocks_schema
+from tasks.schemas import SPLITS, TAIL, as_column, as_ids, as_rows, blocks_schema
 from tasks.store import Artifact, ArtifactStore, Built, Spec, Work, shard_entry, stage
 
 log = logging.getLogger(__name__)
@@ -152,8 +152,7 @@ class BlocksWriter:
             self._write_batch(self.waiting)
 
     def _write_batch(self, blocks: Ids) -> None:
-        column = pa.FixedSizeListArray.from_arrays(as_column(blocks.reshape(-1)), type=self.schema.field(0).type)
-        self.writer.write_batch(pa.record_batch([column], schema=self.schema))
+        self.writer.write_batch(pa.record_batch([as_rows(blocks, self.schema.field(0))], schema=self.schema))
 
 
 @contextmanager

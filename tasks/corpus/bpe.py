@@ -9,9 +9,9 @@ import json
 import logging
 from collections.abc import Iterator
 
-import pyarrow.parquet as pq
 from pydantic import Field
 
+from tasks.corpus.document_shards import open_documents
 from tasks.corpus.shards import load_shard
 from tasks.machine import Advance
 from tasks.store import Artifact, Spec, Work
@@ -92,7 +92,7 @@ def train(work: Work, spec: TokenizerTrainingSpec, documents: Artifact) -> None:
 def _sample(work: Work, documents: Artifact, share: float, advance: Advance) -> Iterator[list[str]]:
     """Batches of the train split's texts, each text chosen by its digest, so that the choice is spread over the corpus."""
     for entry in documents.shards("train"):
-        with pq.ParquetFile(load_shard(work.store, entry).file("documents.parquet"), pre_buffer=False) as table:
+        with open_documents(load_shard(work.store, entry).file("documents.parquet")) as table:
             for batch in table.iter_batches(BATCH_DOCUMENTS):
                 texts = [text for text in batch["text"].to_pylist() if share >= 1 or _number(text) < share]
                 yield texts

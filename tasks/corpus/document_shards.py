@@ -4,7 +4,7 @@ Writes  documents-shard  documents.parquet  DOCUMENTS: text
 """
 
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,11 +16,14 @@ import pyarrow.parquet as pq
 from pydantic import Field
 
 from tasks.corpus.boundaries import Document, Shard, Sharder, is_validation
+from tasks.corpus.shards import sum_stats
 from tasks.schemas import DOCUMENTS, SPLITS
 from tasks.store import Artifact, Built, Digest, ShardEntry, Spec, Work, shard_entry, stage
 
 # A reader holds one row group, decoded: 5 MB at 2.3 KB a document. Raise the shard's revision when you change it.
 ROW_GROUP_DOCUMENTS = 2_000
+
+READ_BYTES = 1 << 20  # one read of a shard
 
 
 class DocumentsShardSpec(Spec):
@@ -64,7 +67,8 @@ class Shards:
         return len(self.unsettled) + sum(map(len, self.entries.values()))
 
     def stats(self) -> dict[str, Any]:
-        return {split: _sum_stats(entries) for split, entries in self.entries.items()}
+        names = ("num_documents", "num_bytes", "num_characters")
+        return {split: sum_stats(entries, *names) for split, entries in self.entries.items()}
 
     def _store(self, split: str, shard: Shard) -> None:
         self.settle()
@@ -76,12 +80,6 @@ def open_shards(work: Work, shard_bytes: int, validation_fraction: float) -> Ite
     """Shards to fill."""
     with ThreadPoolExecutor(1, thread_name_prefix="documents") as storing:
         yield Shards(work, shard_bytes, validation_fraction, storing)
-
-
-def _sum_stats(entries: Iterable[ShardEntry]) -> dict[str, int]:
-    listed = list(entries)
-    sums = {name: sum(entry.stats[name] for entry in listed) for name in ("num_documents", "num_bytes", "num_characters")}
-    return {**sums, "num_shards": len(listed)}
 
 
 def store_shard(work: Work, shard: Shard) -> Artifact:
@@ -106,8 +104,13 @@ def write_shard(shard: Shard, path: Path) -> None:
     )
 
 
+def open_documents(path: Path) -> Any:
+    """A documents shard's table, to be closed. Read ahead, as Parquet does unless told, it holds the whole file."""
+    return pq.ParquetFile(path, pre_buffer=False, buffer_size=READ_BYTES)
+
+
 def read_texts(path: Path) -> Iterator[list[str]]:
     """A documents shard's texts, a row group at a time."""
-    with pq.ParquetFile(path, pre_buffer=False, buffer_size=1 << 20) as table:
+    with open_documents(path) as table:
         for batch in table.iter_batches(ROW_GROUP_DOCUMENTS, columns=DOCUMENTS.names):
             yield batch["text"].to_pylist()

@@ -25,6 +25,7 @@ from tasks.corpus.near_duplicates import NearDuplicates, open_near_seen
 from tasks.corpus.quality import CharacterRatio, check_function_name, digest_function, filters_of
 from tasks.corpus.quarantine import Quarantine, open_quarantine, write_quarantine
 from tasks.corpus.reader import BLANK, BadLine, Batch, read_batches
+from tasks.corpus.shards import load_shard
 from tasks.errors import CorpusError
 from tasks.machine import Machine
 from tasks.store import Artifact, ArtifactStore, Built, Spec, Work, stage, unkeyed
@@ -168,7 +169,7 @@ def _drop(outcomes: list[Outcome], dropped: Dropped, firsts: Callable[[list[Docu
 def _remember(seen: Seen, store: ArtifactStore, shards: Shards) -> None:
     """Enter the documents of a build that goes on."""
     for entry in chain.from_iterable(shards.entries.values()):
-        for texts in read_texts(store.root / entry.kind / entry.key / "documents.parquet"):
+        for texts in read_texts(load_shard(store, entry).file("documents.parquet")):
             seen.firsts([hashlib.sha256(text.encode()).digest() for text in texts])
     for sharder in shards.sharders.values():
         digests = bytes(sharder.pending.digests)

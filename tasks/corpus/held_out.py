@@ -20,7 +20,7 @@ from tasks.corpus.intake import Intake
 from tasks.corpus.turns import Conversation, Turn
 from tasks.errors import CorpusError
 from tasks.machine import Advance
-from tasks.schemas import HELD_OUT
+from tasks.schemas import HELD_OUT, as_column
 
 T = TypeVar("T")
 
@@ -97,4 +97,4 @@ def batches(items: Iterable[T], size: int) -> Iterator[list[T]]:
 def _list_array(rows: list[npt.NDArray[np.int32]]) -> pa.Array:
     offsets = np.concatenate(([0], np.cumsum([len(row) for row in rows]))).astype(np.int32)
     values = np.concatenate(rows) if rows else np.empty(0, np.int32)
-    return pa.ListArray.from_arrays(pa.array(offsets), pa.array(values), type=HELD_OUT.field("prompt_ids").type)
+    return pa.ListArray.from_arrays(as_column(offsets), as_column(values), type=HELD_OUT.field("prompt_ids").type)

@@ -13,7 +13,7 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from tasks.machine import Advance
-from tasks.schemas import IGNORED_LABEL, examples_schema
+from tasks.schemas import IGNORED_LABEL, as_rows, examples_schema
 
 Ids = npt.NDArray[np.int32]
 Learned = npt.NDArray[np.bool_]
@@ -112,8 +112,5 @@ def _empty_rows(num_rows: int, block_size: int, padding_id: int) -> tuple[Ids, I
 
 
 def _batch(columns: tuple[Ids, Ids, Ids], schema: pa.Schema) -> pa.RecordBatch:
-    arrays = [
-        pa.FixedSizeListArray.from_arrays(pa.array(column.reshape(-1)), type=field.type)
-        for column, field in zip(columns, schema, strict=True)
-    ]
+    arrays = [as_rows(column, field) for column, field in zip(columns, schema, strict=True)]
     return pa.RecordBatch.from_arrays(arrays, schema=schema)

@@ -24,7 +24,7 @@ from tasks.corpus.chat import Chat, TemplateRefusalError
 from tasks.corpus.turns import Conversation, Turn, shortened
 from tasks.errors import CorpusError
 from tasks.machine import Advance
-from tasks.schemas import IGNORED_LABEL
+from tasks.schemas import IGNORED_LABEL, as_ids
 
 Ids = npt.NDArray[np.int32]
 
@@ -241,5 +241,5 @@ def _shape(chat: Chat, text: str, words: str, prompt: str) -> Shape:
 
 def _columns_by_row(batch: pa.RecordBatch) -> Iterator[tuple[Ids, Ids, Ids]]:
     columns = [batch.column(name) for name in ("input_ids", "labels", "position_ids")]
-    tables = [column.flatten().to_numpy().reshape(batch.num_rows, -1) for column in columns]
+    tables = [as_ids(column.flatten()).reshape(batch.num_rows, -1) for column in columns]
     return zip(*tables, strict=True)

@@ -17,6 +17,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from tasks.corpus.document_shards import open_documents
 from tasks.schemas import DOCUMENTS, SPLITS
 from tasks.store import Artifact
 
@@ -36,7 +37,7 @@ def problems(artifact: Artifact) -> list[str]:
 
 def of_documents_shard(shard: Artifact) -> Iterator[Count]:
     found: Counter[str] = Counter()
-    with pq.ParquetFile(shard.file("documents.parquet")) as table:
+    with open_documents(shard.file("documents.parquet")) as table:
         for batch in table.iter_batches(columns=DOCUMENTS.names):
             found["num_documents"] += len(batch)
             found["num_bytes"] += _total(pc.binary_length(batch["text"]))

@@ -8,6 +8,11 @@ from tasks.errors import StoreError
 from tasks.store import Artifact, ArtifactStore, ShardEntry, Spec, Stage, Work, digest_json
 
 
+def sum_stats(entries: Sequence[ShardEntry], *names: str) -> dict[str, int]:
+    """The shards' counts of these names, each summed, and how many shards there are."""
+    return {**{name: sum(entry.stats[name] for entry in entries) for name in names}, "num_shards": len(entries)}
+
+
 @dataclass(frozen=True)
 class ShardWork:
     """One shard to build: the spec and the inputs of its stage. Picklable."""

@@ -13,16 +13,16 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
-import pyarrow.parquet as pq
 from pydantic import Field
 
+from tasks.corpus.document_shards import open_documents
 from tasks.corpus.encoder import Encoded, MismatchError, encoder_for, forget_encoders, one_core, start_encoder
-from tasks.corpus.shards import ShardWork, build_shards, load_shard
+from tasks.corpus.shards import ShardWork, build_shards, load_shard, sum_stats
 from tasks.corpus.tokenizer import TOKENIZER_JSON, read_vocabulary
 from tasks.errors import CorpusError
 from tasks.machine import Machine, give_back_memory
 from tasks.schemas import DOCUMENTS, SPLITS, TOKENS, as_column
-from tasks.store import Artifact, ArtifactStore, Built, ShardEntry, Spec, Work, shard_entry, stage
+from tasks.store import Artifact, ArtifactStore, Built, Spec, Work, shard_entry, stage
 
 # One call of the encoder: its threads' work for a few milliseconds; the reference's memory (about 150 bytes a token) stays
 # under 50 MB. Neither number shows in the bytes.
@@ -31,8 +31,6 @@ BATCH_CHARACTERS = 1 << 18
 
 # A record batch ends with the document that brings it to so many ids: 1 MB. Raise the shard's revision when you change it.
 RECORD_IDS = 1 << 18
-
-READ_BYTES = 1 << 20  # one read of a shard; without it, and by reading ahead, Parquet holds the whole file
 
 # Encodes texts, told the number of the first of them in its shard.
 EncodeBatch = Callable[[Sequence[str], int], Encoded]
@@ -53,7 +51,8 @@ def build_tokens(work: Work, spec: TokensSpec, documents: Artifact, tokenizer: A
     with encoding(tokenizer, work.machine):
         artifacts = build_shards(work, build_tokens_shard, tokenize_in_pool, items, "tokens")
     entries = tuple(shard_entry(entry.name, artifact) for entry, artifact in zip(listed, artifacts, strict=True))
-    splits = {split: _sum_stats([entry for entry in entries if entry.split == split]) for split in SPLITS}
+    names = ("num_documents", "num_tokens", "num_bytes")
+    splits = {split: sum_stats([entry for entry in entries if entry.split == split], *names) for split in SPLITS}
     num_tokens = sum(split["num_tokens"] for split in splits.values())
     stats = {
         "end_of_document_id": end_id,
@@ -87,11 +86,6 @@ def encoding(tokenizer: Artifact, machine: Machine) -> Iterator[None]:
         yield
     finally:
         forget_encoders()
-
-
-def _sum_stats(entries: Sequence[ShardEntry]) -> dict[str, int]:
-    sums = {name: sum(entry.stats[name] for entry in entries) for name in ("num_documents", "num_tokens", "num_bytes")}
-    return {**sums, "num_shards": len(entries)}
 
 
 def _encoders(artifacts: Sequence[Artifact]) -> dict[str, int]:
@@ -132,7 +126,7 @@ def tokenize_shard(source: Path, target: Path, encode: EncodeBatch, end_id: int)
     """Write ``target``, which exists only once it is complete; returns the number of tokens."""
     partial, num_documents = target.with_suffix(".partial"), 0
     with (
-        pq.ParquetFile(source, pre_buffer=False, buffer_size=READ_BYTES) as table,
+        open_documents(source) as table,
         pa.OSFile(str(partial), "wb") as sink,
         pa.ipc.new_file(sink, TOKENS) as file,
     ):

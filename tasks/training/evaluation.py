@@ -22,6 +22,7 @@ import orjson
 import pyarrow as pa
 from pydantic import Field
 
+from tasks.schemas import as_ids
 from tasks.store import Artifact, Built, Spec, Work, stage
 from tasks.training.launch import run_worker
 
@@ -138,7 +139,7 @@ def read_blocks(files: Sequence[str], num_blocks: int) -> Iterator[np.ndarray]:
         with pa.memory_map(file) as source, pa.ipc.open_stream(source) as batches:
             for batch in batches:
                 column = batch.column("input_ids")
-                for block in column.flatten().to_numpy().reshape(len(column), -1):
+                for block in as_ids(column.flatten()).reshape(len(column), -1):
                     if num_blocks == 0:
                         return
                     yield block
