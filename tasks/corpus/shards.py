@@ -1,6 +1,7 @@
 """Shards of an artifact through the process pool: those found in the store are not handed out again."""
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,12 +31,24 @@ def load_shard(store: ArtifactStore, entry: ShardEntry) -> Artifact:
 
 
 def build_shards(
-    work: Work, shard_stage: Stage[Any], build: Callable[[ShardWork], Artifact], items: Sequence[ShardWork], label: str
+    work: Work,
+    shard_stage: Stage[Any],
+    build: Callable[[ShardWork], Artifact],
+    items: Sequence[ShardWork],
+    label: str,
+    *,
+    ready: AbstractContextManager[None] | None = None,
 ) -> list[Artifact]:
-    """The artifact of every item, in order. ``build`` calls ``shard_stage`` on an item, in a worker process."""
+    """The artifact of every item, in order. ``build`` calls ``shard_stage`` on an item, in a worker of the pool.
+
+    ready: what the builds need in this process, entered only where there is something to build.
+    """
     found = [_find(work.store, shard_stage, item) for item in items]
     missing = [item for item, artifact in zip(items, found, strict=True) if artifact is None]
-    built = iter(work.machine.map_shards(build, missing, label) if missing else ())
+    if not missing:
+        return [artifact for artifact in found if artifact]
+    with ready or nullcontext():
+        built = iter(work.machine.map_shards(build, missing, label))
     return [artifact or next(built) for artifact in found]
 
 

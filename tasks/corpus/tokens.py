@@ -7,6 +7,7 @@ Writes  tokens-shard     tokens.arrow       TOKENS: input_ids, every row closed 
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +19,11 @@ from pydantic import Field
 from tasks.corpus.document_shards import open_documents
 from tasks.corpus.encoder import Encoded, MismatchError, encoder_for, forget_encoders, one_core, start_encoder
 from tasks.corpus.shards import ShardWork, build_shards, load_shard, sum_stats
-from tasks.corpus.tokenizer import TOKENIZER_JSON, read_vocabulary
+from tasks.corpus.tokenizer import TOKENIZER_JSON, Vocabulary, read_vocabulary
 from tasks.errors import CorpusError
 from tasks.machine import Machine, give_back_memory
 from tasks.schemas import DOCUMENTS, SPLITS, TOKENS, as_column
-from tasks.store import Artifact, ArtifactStore, Built, Spec, Work, shard_entry, stage
+from tasks.store import Artifact, ArtifactStore, Built, Digest, Spec, Work, shard_entry, stage
 
 # One call of the encoder: its threads' work for a few milliseconds; the reference's memory (about 150 bytes a token) stays
 # under 50 MB. Neither number shows in the bytes.
@@ -48,8 +49,8 @@ def build_tokens(work: Work, spec: TokensSpec, documents: Artifact, tokenizer: A
     end_id = end_of_document_id(spec, tokenizer)
     listed = list(documents.shards())
     items = [ShardWork(spec, {"documents": load_shard(work.store, entry), "tokenizer": tokenizer}) for entry in listed]
-    with encoding(tokenizer, work.machine):
-        artifacts = build_shards(work, build_tokens_shard, tokenize_in_pool, items, "tokens")
+    ready = encoding(tokenizer, work.machine)
+    artifacts = build_shards(work, build_tokens_shard, tokenize_in_pool, items, "tokens", ready=ready)
     entries = tuple(shard_entry(entry.name, artifact) for entry, artifact in zip(listed, artifacts, strict=True))
     names = ("num_documents", "num_tokens", "num_bytes")
     splits = {split: sum_stats([entry for entry in entries if entry.split == split], *names) for split in SPLITS}
@@ -68,13 +69,19 @@ def end_of_document_id(spec: TokensSpec, tokenizer: Artifact) -> int:
     special: dict[str, int] = tokenizer.stats["special_tokens"]
     if spec.end_of_document in special:
         return special[spec.end_of_document]
-    found = read_vocabulary(tokenizer.file(TOKENIZER_JSON)).ids.get(spec.end_of_document)
+    found = _vocabulary(tokenizer.file(TOKENIZER_JSON), tokenizer.content).ids.get(spec.end_of_document)
     if found is None:
         raise CorpusError(
             f"{tokenizer.ref}: no token {spec.end_of_document!r} to close documents with; its special tokens are "
             f"{', '.join(special) or 'none'}: set tokens.end_of_document to one of its tokens"
         )
     return found
+
+
+@lru_cache(maxsize=1)
+def _vocabulary(path: Path, content: Digest) -> Vocabulary:
+    """All tokens of a tokenizer, read once a process; ``content`` keeps apart what may lie at one path."""
+    return read_vocabulary(path)
 
 
 @contextmanager

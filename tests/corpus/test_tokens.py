@@ -230,3 +230,25 @@ def test_golden_ids(store: ArtifactStore, documents_of: Callable[..., Artifact],
     """A changed golden means that the stage's revision must rise."""
     rows = all_rows(build(store, documents_of(PRACTICE, shard_bytes=3_000), tokenizer))
     assert hashlib.sha256(orjson.dumps(rows)).hexdigest()[:16] == "cf4c5d53aa917811"
+
+
+def test_shards_that_are_all_found_load_no_encoder(
+    store: ArtifactStore, documents_of: Callable[..., Artifact], tokenizer: Artifact, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def no_load(path: Path) -> Callable[[Sequence[str]], Encoded]:
+        raise AssertionError(f"{path} was loaded")
+
+    documents = documents_of(PRACTICE, shard_bytes=2_000)
+    expected = build(store, documents, tokenizer).content
+    forget(store, "tokens")
+    monkeypatch.setattr(encoder, "reference_encode", no_load)
+    assert build(store, documents, tokenizer).content == expected
+
+
+def test_a_token_that_is_not_special_may_close_documents(
+    store: ArtifactStore, documents_of: Callable[..., Artifact], tokenizer: Artifact
+) -> None:
+    documents, spec = documents_of(["ab", "c"], shard_bytes=1), TokensSpec(end_of_document="z")
+    found = build_tokens(store, Machine(), spec, documents=documents, tokenizer=tokenizer)
+    end = found.stats["end_of_document_id"]
+    assert [row[-1] for row in all_rows(found)] == [end, end]
