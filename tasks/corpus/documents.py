@@ -20,7 +20,7 @@ from tasks.corpus.boundaries import DIGEST_BYTES, Document
 from tasks.corpus.document_shards import Shards, open_shards, read_texts
 from tasks.corpus.duplicates import Seen, open_seen
 from tasks.corpus.journal import Journal
-from tasks.corpus.judge import DUPLICATE, NEAR_DUPLICATE, Dropped, Ledger, Outcome, documents_in, drop, judge
+from tasks.corpus.judge import DUPLICATE, NEAR_DUPLICATE, Ledger, Outcome, drop, judge
 from tasks.corpus.near_duplicates import NearDuplicates, open_near_seen
 from tasks.corpus.quality import CharacterRatio, check_function_name, digest_function, filters_of
 from tasks.corpus.quarantine import Quarantine, open_quarantine, write_quarantine
@@ -52,18 +52,14 @@ class DocumentsSpec(Spec):
     )
     validation_fraction: float = Field(0.005, ge=0, lt=1, description="the share of documents in the validation split")
     max_quarantined_fraction: float = unkeyed(
-        0.01, description="fail when more than this share of the lines is bad; judged from line 1000 on, and at the end"
+        0.01,
+        ge=0,
+        le=1,
+        description="fail when more than this share of the lines is bad; judged from line 1000 on, and at the end",
     )
     shard_bytes: int = Field(
         64 << 20, ge=1, description="the greatest size of a shard, in UTF-8 bytes of text, and 32 a document"
     )
-
-    @field_validator("max_quarantined_fraction")
-    @classmethod
-    def _is_share(cls, value: float) -> float:
-        if not 0 <= value <= 1:
-            raise ValueError(f"{value} is no share between 0 and 1")
-        return value
 
     @field_validator("filter")
     @classmethod
@@ -153,17 +149,13 @@ def open_droppers(work: Work, spec: DocumentsSpec, shards: Shards) -> Iterator[l
         if spec.deduplicate:
             seen = stack.enter_context(open_seen(work.scratch))
             _remember(seen, work.store, shards)
-            droppers.append(lambda outcomes: _drop(outcomes, DUPLICATE, lambda some: seen.firsts([one.digest for one in some])))
+            droppers.append(lambda outcomes: drop(outcomes, DUPLICATE, lambda some: seen.firsts([one.digest for one in some])))
         if spec.near_duplicates:
             near = stack.enter_context(open_near_seen(work.scratch, spec.near_duplicates))
             droppers.append(
-                lambda outcomes: _drop(outcomes, NEAR_DUPLICATE, lambda some: near.firsts([one.data.decode() for one in some]))
+                lambda outcomes: drop(outcomes, NEAR_DUPLICATE, lambda some: near.firsts([one.data.decode() for one in some]))
             )
         yield droppers
-
-
-def _drop(outcomes: list[Outcome], dropped: Dropped, firsts: Callable[[list[Document]], list[bool]]) -> None:
-    drop(outcomes, firsts(documents_in(outcomes)), dropped)
 
 
 def _remember(seen: Seen, store: ArtifactStore, shards: Shards) -> None:

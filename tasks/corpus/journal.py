@@ -111,13 +111,15 @@ def _position(state: dict[str, Any]) -> Position:
 
 
 def _ledger_state(ledger: Ledger) -> dict[str, Any]:
-    line, reason, excerpt = ledger.first_bad or (0, "", b"")
-    first_bad = [line, reason, excerpt.decode("latin-1")]
+    first_bad = None
+    if ledger.first_bad:
+        line, reason, excerpt = ledger.first_bad
+        first_bad = [line, reason, excerpt.decode("latin-1")]
     return {
         "counts": ledger.counts,
         "reasons": ledger.reasons,
         "lengths": sorted(ledger.lengths.items()),
-        "first_bad": first_bad if ledger.first_bad else None,
+        "first_bad": first_bad,
     }
 
 

@@ -1,7 +1,7 @@
 """What becomes of each row of an archive: a document, a bad line, or one that is dropped and why."""
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -53,17 +53,12 @@ def _bad(row: Row, reason: str) -> BadLine:
     return BadLine(reason, (row.raw or orjson.dumps(row.value, default=repr))[:EXCERPT_BYTES])
 
 
-def drop(outcomes: list[Outcome], firsts: Iterable[bool], dropped: Dropped) -> None:
-    """Put ``dropped`` in place of each document of ``outcomes`` for which ``firsts``, in order, is False."""
-    places = (place for place, outcome in enumerate(outcomes) if isinstance(outcome, Document))
-    for place, is_first in zip(list(places), firsts, strict=True):
+def drop(outcomes: list[Outcome], dropped: Dropped, firsts: Callable[[list[Document]], list[bool]]) -> None:
+    """Put ``dropped`` in the place of each document of ``outcomes`` for which ``firsts`` says that it is not the first."""
+    documents = [(place, outcome) for place, outcome in enumerate(outcomes) if isinstance(outcome, Document)]
+    for (place, _), is_first in zip(documents, firsts([document for _, document in documents]), strict=True):
         if not is_first:
             outcomes[place] = dropped
-
-
-def documents_in(outcomes: Iterable[Outcome]) -> list[Document]:
-    """The documents among outcomes, in order."""
-    return [outcome for outcome in outcomes if isinstance(outcome, Document)]
 
 
 @dataclass

@@ -56,9 +56,12 @@ class Spec(BaseModel):
         }
 
 
-def unkeyed(default: Any = ..., *, description: str) -> Any:
-    """A spec field that says where bytes are (a URL, a hub's name) or how often a run reports; it never enters a key."""
-    return Field(default, description=description, json_schema_extra={"unkeyed": True})
+def unkeyed(default: Any = ..., *, description: str, ge: float | None = None, le: float | None = None) -> Any:
+    """A spec field that says where bytes are (a URL, a hub's name) or how often a run reports; it never enters a key.
+
+    ge, le: its bounds, as pydantic's Field takes them.
+    """
+    return Field(default, ge=ge, le=le, description=description, json_schema_extra={"unkeyed": True})
 
 
 S = TypeVar("S", bound=Spec)

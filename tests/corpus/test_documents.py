@@ -1,8 +1,6 @@
 import bz2
 import gzip
 import hashlib
-import io
-import tarfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from random import Random
@@ -27,6 +25,7 @@ from tasks.machine import Machine
 from tasks.schemas import DOCUMENTS, QUARANTINE
 from tasks.store import Artifact, ArtifactStore
 
+from .archives import tar_of_one
 from .conftest import json_lines, store_archive
 
 TEXTS = [f"第{i}篇：海内存知己，天涯若比邻。{'无为在歧路' * (i % 7)}" for i in range(400)]
@@ -236,17 +235,8 @@ def dying(path: Path, times: list[int], after: int, monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(stage_module, "read_batches", read_and_tell)
 
 
-def as_tar(data: bytes) -> bytes:
-    target = io.BytesIO()
-    with tarfile.open(fileobj=target, mode="w") as archive:
-        info = tarfile.TarInfo("corpus.jsonl")
-        info.size = len(data)
-        archive.addfile(info, io.BytesIO(data))
-    return target.getvalue()
-
-
 @pytest.mark.parametrize("compress", [bytes, lambda data: bz2.compress(data, 1), gzip.compress, zstandard.compress])
-@pytest.mark.parametrize("wrap", [bytes, as_tar])
+@pytest.mark.parametrize("wrap", [bytes, tar_of_one])
 @pytest.mark.parametrize("deduplicate", [False, True])
 def test_a_killed_build_reads_on_behind_its_last_shards(
     store: ArtifactStore, monkeypatch: pytest.MonkeyPatch, compress: Callable[[bytes], bytes], wrap: Callable[[bytes], bytes],

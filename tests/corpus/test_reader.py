@@ -1,6 +1,5 @@
 import bz2
 import gzip
-import io
 import random
 import tarfile
 from pathlib import Path
@@ -15,6 +14,7 @@ from tasks.corpus import reader
 from tasks.corpus.compressed import open_decompressed
 from tasks.corpus.reader import BadLine, read_lines, read_records
 from tasks.errors import CorpusError
+from tests.corpus.archives import tar_of, tar_of_one
 
 LINES = '{"text":"春眠不觉晓"}\n\n{"text":"b"}'.encode()
 RECORDS = [(1, {"text": "春眠不觉晓"}), (3, {"text": "b"})]
@@ -29,20 +29,6 @@ def write(tmp_path: Path, data: bytes) -> Path:
     path = tmp_path / "archive"
     path.write_bytes(data)
     return path
-
-
-def tar_of(*members: tuple[str, bytes, bytes]) -> bytes:
-    target = io.BytesIO()
-    with tarfile.open(fileobj=target, mode="w") as archive:
-        for name, data, kind in members:
-            info = tarfile.TarInfo(name)
-            info.type, info.size, info.linkname = kind, len(data), "elsewhere"
-            archive.addfile(info, io.BytesIO(data))
-    return target.getvalue()
-
-
-def tar_of_one(data: bytes) -> bytes:
-    return tar_of(("corpus.jsonl", data, tarfile.REGTYPE))
 
 
 def as_is(data: bytes) -> bytes:

@@ -2,16 +2,15 @@
 
 import bz2
 import hashlib
-import io
 import json
 import os
 import subprocess
 import sys
-import tarfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from tests.corpus.archives import tar_of_one
 from tests.corpus.http_server import Loopback, Published
 
 WEATHER = ("晴", "阴", "多云", "小雨", "大风", "有雾")
@@ -54,12 +53,7 @@ def corpus(num_documents: int) -> bytes:
     lines = [json.dumps({"text": document(i)}, ensure_ascii=False) for i in range(num_documents)]
     lines.insert(7, '{"text": ')
     data = ("\n".join(lines) + "\n").encode()
-    buffer = io.BytesIO()
-    with tarfile.open(fileobj=buffer, mode="w") as tar:
-        member = tarfile.TarInfo("corpus.jsonl")
-        member.size = len(data)
-        tar.addfile(member, io.BytesIO(data))
-    return bz2.compress(buffer.getvalue())
+    return bz2.compress(tar_of_one(data))
 
 
 def document(i: int) -> str:

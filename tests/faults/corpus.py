@@ -1,9 +1,7 @@
 """A small corpus written here, and the specs of every corpus stage over it: 13 shards a stage, a second or two in all."""
 
 import bz2
-import io
 import json
-import tarfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -16,6 +14,7 @@ from tasks.corpus.tokenizer import TokenizerSpec, TokenizerTrainingSpec, build_t
 from tasks.corpus.tokens import TokensSpec, build_tokens
 from tasks.machine import Machine
 from tasks.store import Artifact, ArtifactStore, digest_file
+from tests.corpus.archives import tar_of_one
 
 NUM_DOCUMENTS, NUM_CONVERSATIONS = 2_000, 120
 NODES = ("archive", "documents", "tokenizer", "tokens", "blocks", "conversations", "examples")
@@ -39,15 +38,6 @@ def json_lines(num_documents: int = NUM_DOCUMENTS) -> bytes:
     return "\n".join([*lines[:7], '{"text": ', "", *lines[7:], ""]).encode()
 
 
-def tar(data: bytes) -> bytes:
-    buffer = io.BytesIO()
-    with tarfile.open(fileobj=buffer, mode="w") as archive:
-        member = tarfile.TarInfo("corpus.jsonl")
-        member.size = len(data)
-        archive.addfile(member, io.BytesIO(data))
-    return buffer.getvalue()
-
-
 def conversations() -> bytes:
     turns = [[("human", f"{document(i)} Who?"), ("assistant", WHO[i * 3 % 7])] for i in range(NUM_CONVERSATIONS)]
     rows = [{"conversations": [{"from": role, "value": value} for role, value in pair]} for pair in turns]
@@ -65,7 +55,7 @@ class Sources:
     def write(cls, folder: Path) -> "Sources":
         """Write both as files."""
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / "corpus").write_bytes(bz2.compress(tar(json_lines()), 1))
+        (folder / "corpus").write_bytes(bz2.compress(tar_of_one(json_lines()), 1))
         (folder / "conversations").write_bytes(conversations())
         return cls(str(folder / "corpus"), str(folder / "conversations"))
 

@@ -12,17 +12,18 @@ from tasks.corpus.documents import DocumentsSpec, build_documents
 from tasks.errors import CorpusError
 from tasks.machine import Machine
 from tasks.store import ArtifactStore
+from tests.corpus.archives import tar_of_one
 from tests.corpus.conftest import store_archive
-from tests.faults.corpus import json_lines, tar
+from tests.faults.corpus import json_lines
 
 FORMS: dict[str, Callable[[bytes], bytes]] = {
-    "tar.bz2": lambda data: bz2.compress(tar(data), 1),
+    "tar.bz2": lambda data: bz2.compress(tar_of_one(data), 1),
     "bz2": lambda data: bz2.compress(data, 1),
-    "tar.gz": lambda data: gzip.compress(tar(data)),
+    "tar.gz": lambda data: gzip.compress(tar_of_one(data)),
     "gz": gzip.compress,
-    "tar.zst": lambda data: zstandard.ZstdCompressor(write_checksum=True).compress(tar(data)),
+    "tar.zst": lambda data: zstandard.ZstdCompressor(write_checksum=True).compress(tar_of_one(data)),
     "zst": zstandard.ZstdCompressor(write_checksum=True).compress,
-    "tar": tar,
+    "tar": tar_of_one,
 }
 PLACE = r"near byte [\d,]+ of [\d,]+|at byte [\d,]+|ending at byte [\d,]+|member corpus\.jsonl is truncated"
 

@@ -113,13 +113,19 @@ def test_a_save_cut_by_a_full_disk_fails_with_the_reason_and_the_one_before_is_t
     assert f"{cut}: passed over: no manifest: its writing was cut short" in caplog.text
 
 
-def test_numbers_that_are_not_finite_are_never_sealed(tmp_path: Path) -> None:
-    older = saved(tmp_path, 1)
-    writer = CheckpointWriter(tmp_path, FACTS, Ranks())
-    writer.begin(2, {"weight:0:layer": torch.tensor([1.0, float("nan")])}, {}, 0.0)
-    with pytest.raises(WorkerError, match="checkpoint-2: not kept: weight:0:layer holds numbers that are not finite; lower"):
+def assert_a_save_fails(root: Path, tensors: dict[str, torch.Tensor], error: type[Exception], reason: str) -> None:
+    """A save behind step 1's checkpoint raises, and leaves that one the newest."""
+    older = saved(root, 1)
+    writer = CheckpointWriter(root, FACTS, Ranks())
+    writer.begin(2, tensors, {PROGRESS: b"{}"}, 0.0)
+    with pytest.raises(error, match=reason):
         writer.finish()
-    assert newest_checkpoint(tmp_path, FACTS) == older
+    assert newest_checkpoint(root, FACTS) == older
+
+
+def test_numbers_that_are_not_finite_are_never_sealed(tmp_path: Path) -> None:
+    reason = "checkpoint-2: not kept: weight:0:layer holds numbers that are not finite; lower"
+    assert_a_save_fails(tmp_path, {"weight:0:layer": torch.tensor([1.0, float("nan")])}, WorkerError, reason)
 
 
 def test_a_part_that_cannot_be_written_for_whatever_reason_is_never_sealed_over(
@@ -130,26 +136,18 @@ def test_a_part_that_cannot_be_written_for_whatever_reason_is_never_sealed_over(
     def no_memory(path: Path, tensors: dict[str, torch.Tensor]) -> dict[str, Any]:
         raise MemoryError("4 GB")
 
-    older = saved(tmp_path, 1)
     monkeypatch.setattr("tasks.training.saving.write_snapshot", no_memory)
-    writer = CheckpointWriter(tmp_path, FACTS, Ranks())
-    writer.begin(2, halves(2)[0], {PROGRESS: b"{}"}, 0.0)
-    with pytest.raises(WorkerError, match=r"checkpoint-2: rank 0 of 1 cannot write it \(MemoryError: 4 GB\); mend that"):
-        writer.finish()
-    assert newest_checkpoint(tmp_path, FACTS) == older
+    reason = r"checkpoint-2: rank 0 of 1 cannot write it \(MemoryError: 4 GB\); mend that"
+    assert_a_save_fails(tmp_path, halves(2)[0], WorkerError, reason)
 
 
 def test_a_disk_that_is_full_at_the_manifest_is_told_as_such(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def no_space(*_: Any) -> None:
         raise OSError(28, "No space left on device", str(tmp_path / "manifest.json"))
 
-    older = saved(tmp_path, 1)
     monkeypatch.setattr("tasks.training.saving.seal_checkpoint", no_space)
-    writer = CheckpointWriter(tmp_path, FACTS, Ranks())
-    writer.begin(2, halves(2)[0], {PROGRESS: b"{}"}, 0.0)
-    with pytest.raises(StoreError, match=r"checkpoint-2: cannot be sealed.*No space left on device.*mend that and run again"):
-        writer.finish()
-    assert newest_checkpoint(tmp_path, FACTS) == older
+    reason = r"checkpoint-2: cannot be sealed.*No space left on device.*mend that and run again"
+    assert_a_save_fails(tmp_path, halves(2)[0], StoreError, reason)
 
 
 def test_what_the_writer_seals_is_whole_and_older_ones_are_pruned(tmp_path: Path) -> None:
