@@ -9,21 +9,15 @@ datatrove has other requirements than this project, so it is run by its own Pyth
 there; the split into parts is not counted. That Python needs nothing of what this project requires.
 """
 
-import argparse
 from itertools import cycle
 from pathlib import Path
 
-from benchmarks.process_tree import Phases
+from benchmarks.process_tree import Phases, read_program
 from benchmarks.recipe import unpack
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("archive", type=Path)
-    parser.add_argument("folder", type=Path)
-    parser.add_argument("--tokenizer", type=Path, required=True)
-    parser.add_argument("--workers", type=int, required=True)
-    told = parser.parse_args()
+    told = read_program(__doc__)
     # Installed in the peer's environment only.
     from datatrove.executor import LocalPipelineExecutor  # type: ignore[import-not-found]
     from datatrove.pipeline.readers import JsonlReader  # type: ignore[import-not-found]

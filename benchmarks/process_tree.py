@@ -6,6 +6,7 @@ that outlive a phase count in the phase in which they worked. The peak is that o
 an upper bound: a process starts with its parent's peak. So whoever calls ``run_program`` imports nothing large.
 """
 
+import argparse
 import json
 import os
 import resource
@@ -33,6 +34,16 @@ class Cost:
 
 
 NOTHING = Cost(0.0, 0.0)
+
+
+def read_program(description: str | None) -> argparse.Namespace:
+    """The command line of every program that corpus_vs_recipe measures: ARCHIVE FOLDER --tokenizer DIR --workers N."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("archive", type=Path)
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--tokenizer", type=Path, required=True, help="a folder with a tokenizer.json")
+    parser.add_argument("--workers", type=int, required=True)
+    return parser.parse_args()
 
 
 @dataclass(frozen=True)

@@ -8,25 +8,19 @@ Writes  FOLDER/unpacked        the JSONL; `tar -xjf` with the system's bzip2
 to `map` are theirs, word for word; only the number of processes is this machine's (theirs is 10).
 """
 
-import argparse
 import subprocess
 from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from benchmarks.process_tree import Phases
+from benchmarks.process_tree import Phases, read_program
 
 BLOCK_SIZE = 2048
 GROUP_BATCH_SIZE = 40_000
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("archive", type=Path)
-    parser.add_argument("folder", type=Path)
-    parser.add_argument("--tokenizer", required=True, help="a folder that AutoTokenizer takes")
-    parser.add_argument("--workers", type=int, required=True, help="num_proc of both maps")
-    told = parser.parse_args()
+    told = read_program(__doc__)
     from datasets import load_dataset
     from transformers import AutoTokenizer
 
@@ -37,7 +31,7 @@ def main() -> None:
         cache = str(told.folder / "cache")
         corpus = load_dataset("json", data_files=str(unpacked), cache_dir=cache, split="train")
     with phases.phase("tokenize"):
-        tokenizer = AutoTokenizer.from_pretrained(told.tokenizer)
+        tokenizer = AutoTokenizer.from_pretrained(str(told.tokenizer))
         assert tokenizer.is_fast, "the recipe is measured with the fast tokenizer"
 
         def tokenize_function(examples: dict[str, Any]) -> Any:

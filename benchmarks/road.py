@@ -8,10 +8,7 @@ Writes  FOLDER                 a store with the archive, documents, tokenizer, t
 fsync, manifests, the pool's start, the tokenizer's load and the check against the reference encoder are in the phases.
 """
 
-import argparse
-from pathlib import Path
-
-from benchmarks.process_tree import Phases
+from benchmarks.process_tree import Phases, read_program
 from tasks.corpus.archive import ArchiveSpec, build_archive
 from tasks.corpus.blocks import BlocksSpec, build_blocks
 from tasks.corpus.documents import DocumentsSpec, build_documents
@@ -24,19 +21,14 @@ BLOCK_SIZE = 2048
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("archive", type=Path)
-    parser.add_argument("folder", type=Path)
-    parser.add_argument("--tokenizer", required=True, help="a folder with a tokenizer.json")
-    parser.add_argument("--workers", type=int, required=True)
-    told = parser.parse_args()
+    told = read_program(__doc__)
     phases, store, machine = Phases(), ArtifactStore(told.folder), Machine(num_workers=told.workers)
     with phases.phase("archive"):
         archive = build_archive(store, machine, ArchiveSpec(url=str(told.archive)))
     with phases.phase("documents"):
         documents = build_documents(store, machine, DocumentsSpec(), archive=archive)
     with phases.phase("tokenizer"):
-        tokenizer = build_tokenizer(store, machine, TokenizerSpec(source=told.tokenizer))
+        tokenizer = build_tokenizer(store, machine, TokenizerSpec(source=str(told.tokenizer)))
     with phases.phase("tokens"):
         tokens = build_tokens(store, machine, TokensSpec(), documents=documents, tokenizer=tokenizer)
     with phases.phase("blocks"):
