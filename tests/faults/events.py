@@ -11,6 +11,7 @@ import re
 import resource
 import signal
 import sys
+import threading
 import time
 from collections import Counter
 from collections.abc import Callable
@@ -79,7 +80,7 @@ class _Hook:
     def __init__(self, watch: Watch) -> None:
         self.root, self.kill = f"{watch.store}/", watch.kill
         self.counts: Counter[str] = Counter()
-        self.is_quiet = False
+        self.is_quiet, self.writing = False, threading.Lock()
         Path(watch.trace).mkdir(parents=True, exist_ok=True)
         self.trace = os.open(f"{watch.trace}/{os.getpid()}", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
         self.names: dict[str, Callable[[Any], tuple[str, str] | None]] = {
@@ -120,14 +121,16 @@ class _Hook:
         self.write(event)
 
     def write(self, event: str) -> None:
-        if not self.is_quiet:
-            os.write(self.trace, f"{time.monotonic_ns()} {event}\n".encode())
+        with self.writing:
+            if not self.is_quiet:
+                os.write(self.trace, f"{time.monotonic_ns()} {event}\n".encode())
 
     def end(self, kill: Kill) -> None:
         self.write(f"kill {kind_of(kill.event)}")
         if kill.num_bytes is not None:
-            self.is_quiet = True  # the trace is a file too, and may be longer
-            resource.setrlimit(resource.RLIMIT_FSIZE, (kill.num_bytes, resource.RLIM_INFINITY))
+            with self.writing:  # the trace is a file too, and may be longer: no thread may be about to write to it
+                self.is_quiet = True
+                resource.setrlimit(resource.RLIMIT_FSIZE, (kill.num_bytes, resource.RLIM_INFINITY))
         elif kill.victim == "stopped":
             os.kill(os.getpid(), signal.SIGSTOP)
         elif kill.victim == "tree":
