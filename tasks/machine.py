@@ -11,7 +11,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
@@ -90,7 +90,8 @@ class Machine:
     ) -> list[Any]:
         """Apply ``function`` to every item in the pool of ``num_workers``, which is started once; one worker is this thread.
 
-        ``advance`` is told 1 as each item is done. The first item that fails fails the call, and what had not begun is dropped.
+        ``advance`` is told 1 as each item is done. The first item that fails fails the call: what had not begun is dropped, and
+        what had begun ends before the call does, so that nothing writes behind the back of who calls again.
         """
         results = []
         if self.num_workers == 1:
@@ -111,8 +112,7 @@ class Machine:
                 f"{label}: a worker process died (killed, or out of memory); finished shards are kept: run again"
             ) from error
         finally:
-            for future in futures:
-                future.cancel()
+            wait([future for future in futures if not future.cancel()])
         return results
 
     @property
