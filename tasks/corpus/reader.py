@@ -74,13 +74,6 @@ def read_records(path: Path, advance: Advance = lambda amount: None) -> Iterator
         yield from ((row.line, row.value) for row in batch.rows if row.value is not BLANK)
 
 
-def read_lines(path: Path, advance: Advance = lambda amount: None) -> Iterator[tuple[int, bytes]]:
-    """Every line, blank ones too, without its line feed, with its number from 1."""
-    with open_member(path, advance) as member:
-        for lines, end in split_lines(path, member, _head(path, member), START):
-            yield from enumerate(lines, end.line - len(lines))
-
-
 def read_batches(
     path: Path,
     advance: Advance,
