@@ -4,16 +4,17 @@ from typing import Any
 
 from prefect import flow
 
+from flows.overrides import Overrides, dotted
 from flows.run import run_recipe
 
 
 @flow(name="everything-flow", flow_run_name="{recipe}")
-def everything_flow(recipe: str = "demo", overrides: dict[str, Any] | None = None, until: str = "report") -> list[dict[str, Any]]:
+def everything_flow(recipe: str = "demo", overrides: Overrides = None, until: str = "report") -> list[dict[str, Any]]:
     """Archive to report.
 
     Args:
-        recipe: the name of a recipe that comes with seqmill, or the path of a YAML file
-        overrides: dotted recipe field to value, such as {"blocks.block_size": 1024}
+        recipe: the name of a recipe that comes with seqmill, or the path of a YAML file on the worker's machine
+        overrides: fields of the recipe to change, such as {"blocks": {"block_size": 1024}} or {"blocks.block_size": 1024}
         until: the last stage, by its kind or its name
     """
-    return run_recipe(recipe, overrides, ends=[until])
+    return run_recipe(recipe, dotted(overrides), ends=[until])

@@ -10,12 +10,13 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import httpx
 
+from flows.services import running
 from flows.settings import Settings, environment, inherited_environment, prefect_api_url, prefect_environment
 from tasks.errors import WorkerError
 
@@ -41,16 +42,20 @@ app()
 def prefect_server(settings: Settings, *, verbose: bool = False, port: int | None = None) -> Iterator[str]:
     """Make Prefect ready to be imported; yields the API's address.
 
-    Uses the server that PREFECT_API_URL names; where there is none, starts one on loopback and stops it at the end.
+    Uses the server that PREFECT_API_URL names, or the store's that `seqmill up` started; where there is none, starts one
+    on loopback and stops it at the end.
     """
-    chosen = prefect_api_url()
-    if chosen:
+    if chosen := prefect_api_url():
         with environment(prefect_environment(settings, None, verbose)):
             yield chosen
         return
+    folder = prefect_folder(settings)
+    if staying := running(folder, "server"):
+        with environment(prefect_environment(settings, staying.url, verbose)):
+            yield staying.url
+        return
     port = port or free_port()
     url = f"http://{LOOPBACK}:{port}/api"
-    folder = settings.store_root / ".prefect"
     folder.mkdir(parents=True, exist_ok=True)
     with environment(prefect_environment(settings, url, verbose)):
         process = _start(folder, port, url)
@@ -58,6 +63,16 @@ def prefect_server(settings: Settings, *, verbose: bool = False, port: int | Non
             yield url
         finally:
             _stop(process)
+
+
+def prefect_folder(settings: Settings) -> Path:
+    """Where Prefect keeps its database, and we what we know of its processes."""
+    return settings.store_root / ".prefect"
+
+
+def server_command(host: str, port: int) -> list[str]:
+    """What starts a server that stays until it is told to end."""
+    return [sys.executable, "-m", "prefect", "server", "start", "--host", host, "--port", str(port)]
 
 
 def free_port() -> int:
@@ -81,7 +96,7 @@ def _start(folder: Path, port: int, url: str) -> subprocess.Popen[bytes]:
             start_new_session=True,  # Ctrl-C is for the command, which still tells the server how the run ended
         )
         try:
-            _wait_until_healthy(process, url, log_path)
+            wait_until_healthy(lambda: process.poll() is None, url, log_path)
         except BaseException:
             _stop(process)
             raise
@@ -89,11 +104,12 @@ def _start(folder: Path, port: int, url: str) -> subprocess.Popen[bytes]:
     return process
 
 
-def _wait_until_healthy(process: subprocess.Popen[bytes], url: str, log_path: Path) -> None:
+def wait_until_healthy(is_running: Callable[[], bool], url: str, log_path: Path) -> None:
+    """Wait until a server answers. Raises WorkerError where its process ends, or says nothing for START_SECONDS."""
     deadline = time.monotonic() + START_SECONDS
     while time.monotonic() < deadline:
-        if process.poll() is not None:
-            raise WorkerError(f"prefect server: ended with exit code {process.returncode} at its start; read {log_path}")
+        if not is_running():
+            raise WorkerError(f"prefect server: ended at its start; read {log_path}")
         try:
             if httpx.get(f"{url}/health", timeout=2.0, trust_env=False).is_success:
                 return

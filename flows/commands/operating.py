@@ -1,14 +1,53 @@
-"""Operate Prefect: ui."""
+"""Operate Prefect: up, down, deploy, ui."""
 
 from typing import Annotated
 
 import typer
 
 from flows.commands.common import StoreOption
-from flows.console import out
+from flows.console import err, out
 from flows.settings import load_settings
 
 commands = typer.Typer()
+
+
+@commands.command()
+def up(
+    port: Annotated[int, typer.Option(help="port of the server", min=1, max=65535)] = 4200,
+    host: Annotated[str, typer.Option(help="address that the server listens on; other than loopback needs authentication")] = (
+        "127.0.0.1"
+    ),
+    store: StoreOption = None,
+) -> None:
+    """Start a Prefect server and a worker that stay, and deploy every flow. What runs already is left as it is."""
+    from flows.up import bring_up
+
+    err.print("starting Prefect: a minute where it is the first time", style="dim")
+    url = bring_up(load_settings(store=store), host, port)
+    out.print(f"Prefect UI at {url.removesuffix('/api')}   (`seqmill down` ends it)", soft_wrap=True)
+    out.print("start a run:  prefect deployment run pretrain-flow --param recipe=demo", soft_wrap=True)
+
+
+@commands.command()
+def down(store: StoreOption = None) -> None:
+    """End what `up` started, and the runs with it; what they finished is kept."""
+    from flows.up import take_down
+
+    ended = take_down(load_settings(store=store))
+    out.print(f"ended: {', '.join(ended)}" if ended else "nothing runs")
+
+
+@commands.command()
+def deploy(store: StoreOption = None) -> None:
+    """Deploy every flow, with the work pool and the automations, to the server that PREFECT_API_URL or `up` names."""
+    from flows.server import prefect_server
+    from flows.up import project_root
+
+    with prefect_server(load_settings(store=store)) as url:
+        from flows.registration import register
+
+        register(project_root())
+        out.print(f"deployed to {url}", soft_wrap=True)
 
 
 @commands.command()

@@ -52,12 +52,13 @@ def run(
     export_settings(settings)
     with prefect_server(settings, verbose=verbose) as url:
         from flows.everything import everything_flow
+        from flows.overrides import replacing
         from flows.run import send_logs
 
         log_to_console(verbose)
         err.print(f"[dim]store {artifacts.root}   Prefect {url.removesuffix('/api')}[/dim]", soft_wrap=True)
         try:
-            rows = everything_flow(recipe=recipe, overrides=changes, until=until)
+            rows = everything_flow(recipe=recipe, overrides=replacing(changes), until=until)
         except KeyboardInterrupt:
             err.print("interrupted; what is finished is kept: run again to go on")
             raise typer.Exit(130) from None

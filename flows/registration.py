@@ -1,0 +1,99 @@
+"""What a Prefect server must know before it can run our flows: the work pool, the deployments, the automations.
+
+Reads   deployments/prefect.yaml, deployments/automations.yaml
+"""
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import yaml
+from prefect.client.orchestration import SyncPrefectClient, get_client
+from prefect.events.schemas.automations import AutomationCore
+from prefect.settings import PREFECT_PROFILES_PATH, temporary_settings
+from prefect.settings.profiles import Profile, load_profiles, save_profiles
+
+from flows.settings import inherited_environment
+from tasks.errors import WorkerError
+
+POOL = "seqmill"
+PROFILE = "seqmill"
+
+
+def register(root: Path) -> None:
+    """Tell the server our work pool, deployments and automations; what it knows already is updated."""
+    make_pool()
+    deploy(root / "deployments" / "prefect.yaml", root)
+    register_automations(root / "deployments" / "automations.yaml")
+
+
+def make_pool(name: str = POOL) -> None:
+    """Make the process work pool, if the server has none of that name."""
+    with get_client(sync_client=True) as client:
+        if all(pool["name"] != name for pool in client.request("POST", "/work_pools/filter", json={}).json()):
+            client.request("POST", "/work_pools/", json={"name": name, "type": "process"})
+
+
+def deploy(prefect_file: Path, root: Path) -> None:
+    """Deploy all that ``prefect_file`` holds, as Prefect's own command does. Raises WorkerError with its last words."""
+    command = [sys.executable, "-m", "prefect", "--no-prompt", "deploy", "--all", "--prefect-file", str(prefect_file)]
+    told = subprocess.run(
+        command, cwd=root, env={**inherited_environment(), "PWD": str(root)}, capture_output=True, text=True, check=False
+    )
+    if told.returncode:
+        raise WorkerError(f"prefect deploy: {' '.join((told.stdout + told.stderr).split())[-600:]}; mend {prefect_file}")
+
+
+def register_automations(path: Path) -> None:
+    """Create the automations that a file holds, or update those of the same names."""
+    wanted = [AutomationCore.model_validate(entry) for entry in yaml.safe_load(path.read_text())["automations"]]
+    with get_client(sync_client=True) as client:
+        known = {entry["name"]: entry["id"] for entry in _automations(client)}
+        for automation in wanted:
+            body = automation.model_dump(mode="json", exclude={"owner_resource"})  # None, and not to be updated
+            if automation.name in known:
+                client.request("PUT", f"/automations/{known[automation.name]}", json=body)
+            else:
+                client.request("POST", "/automations/", json=body)
+
+
+def _automations(client: SyncPrefectClient) -> list[dict[str, Any]]:
+    found: list[dict[str, Any]] = client.request("POST", "/automations/filter", json={}).json()
+    return found
+
+
+def num_workers_online(pool: str = POOL) -> int:
+    """How many workers of the pool the server has heard of lately."""
+    with get_client(sync_client=True) as client:
+        workers = client.request("POST", f"/work_pools/{pool}/workers/filter", json={}).json()
+    return sum(worker["status"] == "ONLINE" for worker in workers)
+
+
+def enter_profile(profiles_path: Path, url: str) -> str | None:
+    """Make a profile of the server at ``url`` the active one, in which a deployment's bare name is enough.
+
+    Returns the name of the profile that was active before; None where it was this one.
+    """
+    with temporary_settings({PREFECT_PROFILES_PATH: profiles_path}):
+        profiles = load_profiles()
+        before = profiles.active_name
+        settings = {"PREFECT_API_URL": url, "PREFECT_PLUGINS_ENABLED": "true"}
+        if PROFILE in profiles:
+            profiles.remove_profile(PROFILE)
+        profiles.add_profile(Profile(name=PROFILE, settings=settings, source=profiles_path))
+        profiles.set_active(PROFILE)
+        save_profiles(profiles)
+    return before if before != PROFILE else None
+
+
+def leave_profile(profiles_path: Path, before: str | None) -> None:
+    """Take the profile out again; where it is the active one, the one from before is."""
+    with temporary_settings({PREFECT_PROFILES_PATH: profiles_path}):
+        profiles = load_profiles()
+        if PROFILE not in profiles:
+            return
+        if profiles.active_name == PROFILE:
+            profiles.set_active(before if before in profiles else "ephemeral")
+        profiles.remove_profile(PROFILE)
+        save_profiles(profiles)

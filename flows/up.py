@@ -1,0 +1,143 @@
+"""`seqmill up`: a Prefect server and a worker that stay, with our deployments; `seqmill down` ends both.
+
+Writes  <store>/.prefect/{server,worker}.{json,log}   the processes and what they say
+        <store>/.prefect/profile.json                 the profile that was active before
+        Prefect's profiles.toml                       the profile "seqmill", active until down
+"""
+
+import fcntl
+import json
+import socket
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import flows
+from flows import services
+from flows.server import LOOPBACK, prefect_folder, server_command, wait_until_healthy
+from flows.settings import Settings, environment, export_settings, inherited_environment, prefect_environment
+from tasks.errors import SettingsError, WorkerError
+
+WORKER_SECONDS = 120.0  # until the server has heard of the worker: 6 s, on two busy cores 20
+# On SIGTERM the worker ends its runs: each saves a checkpoint for at most STOP_SECONDS, and Prefect kills it after 30 s.
+DOWN_SECONDS = 60.0
+STOP_SECONDS = 12.0  # a cancelled run's ranks are gone within 15 s
+
+# The environment of the worker, and so of every run that it starts.
+WORKER_ENVIRONMENT = {
+    "PREFECT_FLOWS_HEARTBEAT_FREQUENCY": "30",  # seconds; the least that Prefect takes. deployments/automations.yaml waits for 3
+    "PREFECT_WORKER_QUERY_SECONDS": "2",  # a run that is due starts so soon
+    "PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL": "WARNING",  # to worker.log; all lines go to the server
+    "SEQMILL_STOP_SECONDS": f"{STOP_SECONDS:g}",
+}
+
+
+def bring_up(settings: Settings, host: str, port: int) -> str:
+    """Start what does not run yet, deploy, and return the API's address. Raises SettingsError for a port that is taken."""
+    root, folder, profiles = project_root(), prefect_folder(settings), profiles_path()
+    folder.mkdir(parents=True, exist_ok=True)
+    export_settings(settings)
+    with _alone(folder):
+        server = services.running(folder, "server") or _start_server(settings, folder, host, port)
+        with environment(prefect_environment(settings, server.url, verbose=False)):
+            from flows import registration
+
+            registration.register(root)
+            if not services.running(folder, "worker"):
+                _start_worker(folder, server.url, root)
+            if before := registration.enter_profile(profiles, server.url):
+                (folder / "profile.json").write_text(json.dumps(before))
+    return server.url
+
+
+def take_down(settings: Settings) -> list[str]:
+    """End the worker with its runs, then the server; the names of what ran."""
+    folder, profiles = prefect_folder(settings), profiles_path()
+    if not folder.is_dir():
+        return []
+    with _alone(folder):
+        ended = [service for name in ("worker", "server") if (service := services.stop(folder, name, DOWN_SECONDS))]
+        with environment(prefect_environment(settings, None, verbose=False)):
+            from flows import registration
+
+            registration.leave_profile(profiles, _profile_before(folder))
+        (folder / "profile.json").unlink(missing_ok=True)
+    return [service.name for service in ended]
+
+
+def project_root() -> Path:
+    """The folder that deployments run in: the clone that this code lies in. Raises SettingsError where it is none."""
+    root = Path(flows.__file__).parents[1]
+    if not (root / "deployments" / "prefect.yaml").is_file():
+        raise SettingsError(f"{root}: no deployments/prefect.yaml; deploy from a clone, installed with pip install --editable")
+    return root
+
+
+def _start_server(settings: Settings, folder: Path, host: str, port: int) -> services.Service:
+    if host not in (LOOPBACK, "localhost") and "PREFECT_SERVER_API_AUTH_STRING" not in inherited_environment():
+        raise SettingsError(
+            f"--host {host}: others could reach the server and run code here; "
+            "set PREFECT_SERVER_API_AUTH_STRING first (docs/operations.md, Security)"
+        )
+    _check_port(host, port)
+    url = f"http://{host}:{port}/api"
+    with environment(prefect_environment(settings, url, verbose=False)):
+        command = server_command(host, port)
+        server = services.start(folder, "server", command, inherited_environment(), url)
+        try:
+            wait_until_healthy(lambda: server.is_running, url, folder / "server.log")
+        except BaseException:
+            services.stop(folder, "server", DOWN_SECONDS)
+            raise
+    return server
+
+
+def _check_port(host: str, port: int) -> None:
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # one that was served a moment ago is free
+        try:
+            probe.bind((host, port))
+        except OSError as error:
+            raise SettingsError(
+                f"port {port} of {host}: {error.strerror}; end what listens there, or name another with --port"
+            ) from None
+
+
+def _start_worker(folder: Path, url: str, root: Path) -> None:
+    from flows import registration
+
+    command = [sys.executable, "-m", "prefect", "worker", "start", "--pool", registration.POOL, "--type", "process"]
+    environment = {**inherited_environment(), **WORKER_ENVIRONMENT, "PWD": str(root)}
+    known = registration.num_workers_online()
+    worker = services.start(folder, "worker", command, environment, url)
+    deadline = time.monotonic() + WORKER_SECONDS
+    while registration.num_workers_online() <= known:
+        if not worker.is_running or time.monotonic() > deadline:
+            services.stop(folder, "worker", DOWN_SECONDS)
+            raise WorkerError(f"prefect worker: the server has not heard of it; read {folder / 'worker.log'}")
+        time.sleep(0.5)
+
+
+@contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """One `up` or `down` of a store at a time."""
+    with (folder / "up.lock").open("a") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
+def profiles_path() -> Path:
+    """The file in which the user's own `prefect` command finds its profiles."""
+    named = inherited_environment()
+    home = Path(named.get("PREFECT_HOME", "~/.prefect"))
+    return Path(named.get("PREFECT_PROFILES_PATH", home / "profiles.toml")).expanduser()
+
+
+def _profile_before(folder: Path) -> str | None:
+    try:
+        before = json.loads((folder / "profile.json").read_text())
+    except (OSError, ValueError):
+        return None
+    return before if isinstance(before, str) else None
