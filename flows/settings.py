@@ -35,6 +35,9 @@ class Settings(BaseSettings):
     num_ranks: int | None = Field(None, ge=1, description="training ranks; absent: one a GPU, else one a core")
     micro_batch_size: int | None = Field(None, ge=1, description="rows per device per forward; absent: derived")
     threads_per_rank: int = Field(1, ge=1, description="CPU threads a rank")
+    stop_seconds: float = Field(
+        600, ge=0, description="from SIGTERM on, for the step under way and its checkpoint; then the ranks are killed"
+    )
     launcher: Literal["torchrun", "deepspeed"] = Field("torchrun", description="what starts the ranks")
     hostfile: Path | None = Field(None, description="DeepSpeed hostfile, for the deepspeed launcher")
     deepspeed: str = Field("zero2", description="a preset of deepspeed_configs/ or the path of a DeepSpeed JSON file")
@@ -70,6 +73,7 @@ class Settings(BaseSettings):
                 hostfile=self.hostfile,
                 micro_batch_size=self.micro_batch_size,
                 threads_per_rank=self.threads_per_rank,
+                stop_seconds=self.stop_seconds,
             ),
             progress=progress,
         )

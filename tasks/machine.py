@@ -64,6 +64,9 @@ class TrainingSettings:
     hostfile: Path | None = None
     micro_batch_size: int | None = None  # rows per device per forward; None: what divides the global batch
     threads_per_rank: int = 1  # 2 threads beside a busy neighbor ran 7 times slower than 1
+    # From SIGTERM on, for the step under way, its checkpoint and the ranks' end. Who asked mostly waits for less: Slurm,
+    # Kubernetes and Prefect for 30 s, and torchrun too, where the signal went to the whole process group.
+    stop_seconds: float = 600
 
 
 @dataclass(frozen=True)
@@ -77,6 +80,7 @@ class Machine:
     progress: Progress = quiet
     runner: ShardRunner | None = None
     on_metrics: Callable[[dict[str, Any]], None] | None = None
+    recipe: str | None = None  # who asks for the work, by its name: manifests tell it
 
     def map_shards(self, function: Callable[[Any], Any], items: Sequence[Any], label: str) -> list[Any]:
         """Apply ``function`` to every item, in the pool, and return the results in the items' order."""

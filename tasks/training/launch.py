@@ -30,9 +30,6 @@ log = logging.getLogger(__name__)
 
 TAIL_LINES = 60  # a traceback of Trainer through DeepSpeed takes about 40
 GRACE_SECONDS = 10.0  # between SIGTERM, at which torchrun ends its ranks, and SIGKILL
-# From SIGTERM on, for the step under way, its checkpoint and the ranks' end. Who asked mostly waits for less: Slurm, Kubernetes
-# and Prefect for 30 s, and torchrun too, where the signal went to the whole process group.
-STOP_SECONDS = 600.0
 POLL_SECONDS = 0.5  # how soon an interrupt is seen while the ranks are silent
 
 # torchrun's own report of a rank that died without a word, for instance by the kernel's out-of-memory killer.
@@ -64,12 +61,14 @@ def run_worker(
     log.debug("%s: starting %s", label, " ".join(command))
     process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
     try:
-        with stop_on_sigterm(stop_path) as is_overdue:
+        with stop_on_sigterm(stop_path, settings.stop_seconds) as is_overdue:
             for line in _lines(process, is_overdue):
                 listener.hear(line)
             if is_overdue() and process.poll() is None:
+                process.kill()  # it was asked; the ranks die with it: see tasks.machine.die_with_parent
                 raise WorkerError(
-                    f"{label}: told to stop, still running {STOP_SECONDS:g} s later; run again to go on from the last checkpoint"
+                    f"{label}: told to stop, still running {settings.stop_seconds:g} s later; "
+                    "run again to go on from the last checkpoint"
                 )
         code = process.wait()
     finally:
@@ -81,8 +80,8 @@ def run_worker(
 
 
 @contextmanager
-def stop_on_sigterm(stop_path: Path | None) -> Iterator[Callable[[], bool]]:
-    """While it lasts, SIGTERM writes ``stop_path``; yields what says whether STOP_SECONDS have passed since.
+def stop_on_sigterm(stop_path: Path | None, seconds: float) -> Iterator[Callable[[], bool]]:
+    """While it lasts, SIGTERM writes ``stop_path``; yields what says whether so many seconds have passed since.
 
     Signals are heard by the main thread alone: from another, only a signal to the ranks themselves asks them.
     """
@@ -98,7 +97,7 @@ def stop_on_sigterm(stop_path: Path | None) -> Iterator[Callable[[], bool]]:
         return
     before = signal.signal(signal.SIGTERM, ask)
     try:
-        yield lambda: bool(asked) and time.monotonic() - asked[0] > STOP_SECONDS
+        yield lambda: bool(asked) and time.monotonic() - asked[0] > seconds
     finally:
         signal.signal(signal.SIGTERM, before)
 

@@ -48,10 +48,12 @@ def launch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     (tmp_path / "fake_worker.py").write_text(WORKER)
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path), *sys.path]))
 
-    def run(do: str, **options: Any) -> None:
+    def run(do: str, stop_seconds: float = 600, **options: Any) -> None:
         plan = tmp_path / "plan.json"
         plan.write_text(json.dumps({"do": do}))
-        run_worker("fake_worker", plan, num_ranks=1, settings=TrainingSettings(), label="pretrained", **options)
+        run_worker(
+            "fake_worker", plan, num_ranks=1, settings=TrainingSettings(stop_seconds=stop_seconds), label="pretrained", **options
+        )
 
     return run
 
@@ -92,11 +94,7 @@ def test_an_interrupt_takes_the_ranks_down(launch: Any) -> None:
     assert not is_alive(pids[0])
 
 
-def test_ranks_that_are_deaf_to_a_stop_are_taken_down_when_their_time_is_over(
-    tmp_path: Path, launch: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("tasks.training.launch.STOP_SECONDS", 0.0)
-    monkeypatch.setattr("tasks.training.launch.GRACE_SECONDS", 0.0)
+def test_ranks_that_are_deaf_to_a_stop_are_taken_down_when_their_time_is_over(tmp_path: Path, launch: Any) -> None:
     pids: list[int] = []
 
     def tell(metrics: dict[str, Any]) -> None:
@@ -104,7 +102,7 @@ def test_ranks_that_are_deaf_to_a_stop_are_taken_down_when_their_time_is_over(
         os.kill(os.getpid(), signal.SIGTERM)
 
     with pytest.raises(WorkerError, match=r"^pretrained: told to stop, still running 0 s later; run again to go on"):
-        launch("be deaf", on_metrics=tell, stop_path=tmp_path / "stop")
+        launch("be deaf", stop_seconds=0, on_metrics=tell, stop_path=tmp_path / "stop")
     assert not is_alive(pids[0])
 
 
