@@ -32,7 +32,7 @@ from tasks.corpus.tokenizer import TokenizerSpec, build_tokenizer
 from tasks.corpus.tokens import TokensSpec, build_tokens
 from tasks.machine import Machine
 from tasks.store import Artifact, ArtifactStore
-from tasks.store.stage import environment
+from tasks.store.origin import environment
 
 STAGES = ("documents", "tokens", "blocks")
 FEW = 10  # documents inserted, and deleted

@@ -29,7 +29,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from tasks.corpus.packing import Packer
 from tasks.schemas import IGNORED_LABEL
-from tasks.store.stage import environment
+from tasks.store.origin import environment
 from tasks.training.datasets import Batch, collate, open_rows
 
 BLOCK_SIZE = 2048

@@ -6,12 +6,9 @@ the stage with a store, a machine, a spec and the input artifacts finds the arti
 
 import inspect
 import logging
-import platform
-import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Concatenate, Generic, TypeVar
 
@@ -21,15 +18,12 @@ from tasks.errors import StoreError
 from tasks.machine import Machine
 from tasks.store.artifact import Artifact, ShardEntry
 from tasks.store.digest import Digest, digest_json
+from tasks.store.origin import Usage, environment
+from tasks.store.reason import reason_for
+from tasks.store.records import Records, record_of
 from tasks.store.store import SCRATCH_NAME, ArtifactStore
 
 log = logging.getLogger(__name__)
-
-# Recorded in every manifest: what may explain a difference between two machines.
-RECORDED_PACKAGES = (
-    "seqmill", "torch", "transformers", "datasets", "deepspeed", "accelerate", "peft", "tokenizers", "fastokens", "pyarrow",
-    "numpy",
-)  # fmt: skip
 
 
 class Spec(BaseModel):
@@ -139,29 +133,57 @@ class Stage(Generic[S]):
         with store.lock(self.kind, key), _told(f"{self.kind}/{key[:12]}", store.root / ".staging" / self.kind / key):
             if found := store.find(self.kind, key):  # built by another process while this one waited
                 return found
-            if damaged := store.load(self.kind, key):
-                store.set_aside(self.kind, key, store.damage(damaged) or "changed while it was read")
-            elif (store.root / self.kind / key).exists():
-                store.set_aside(self.kind, key, "no readable manifest")
+            problem = self._set_aside(store, key)
+            if restored := store.restore(self.kind, key):
+                return restored
+            for artifact in inputs.values():
+                store.keep(artifact)
             work = Work(store, machine, store.staging(self.kind, key), source)
-            return self._build(work, spec, identity, inputs)
+            return self._build(work, spec, identity, inputs, problem)
 
-    def _build(self, work: Work, spec: S, identity: dict[str, Any], inputs: Mapping[str, Artifact]) -> Artifact:
-        key = digest_json(identity)
-        wall, cpu = time.perf_counter(), time.process_time()
+    def _set_aside(self, store: ArtifactStore, key: Digest) -> str | None:
+        """What is wrong with the artifact that stands in the way, which is moved out of it; None where none does."""
+        if damaged := store.load(self.kind, key):
+            problem = store.damage(damaged) or "changed while it was read"
+        elif (store.root / self.kind / key).exists():
+            problem = "no readable manifest"
+        else:
+            return None
+        store.set_aside(self.kind, key, problem)
+        return problem
+
+    def _build(
+        self, work: Work, spec: S, identity: dict[str, Any], inputs: Mapping[str, Artifact], problem: str | None
+    ) -> Artifact:
+        key, is_shard = digest_json(identity), self.kind.endswith("-shard")
+        # A shard is built because its artifact is: to look for the nearest of a million would cost more than to build it.
+        told = {} if is_shard else self._reason(work, spec, identity, inputs, problem)
+        usage = Usage(is_shard)
         built = self.build(work, spec, **inputs)
         produced_by = {
             **environment(),
-            "seconds": round(time.perf_counter() - wall, 3),
-            "cpu_seconds": round(time.process_time() - cpu, 3),
+            **({"recipe": work.machine.recipe} if work.machine.recipe else {}),
+            **told,
+            **usage.told(work.folder / SCRATCH_NAME),
+            **({} if is_shard else usage.shards_built(work.store.root, built.shards)),
             "inputs": {name: artifact.ref for name, artifact in inputs.items()},
             "unkeyed": {k: v for k, v in spec.model_dump(mode="json").items() if k not in identity["spec"] and v is not None},
             **built.produced_by,
         }
         artifact = work.store.commit(identity, built.shards, built.stats, produced_by, built.digests)
-        level = logging.DEBUG if self.kind.endswith("-shard") else logging.INFO
+        level = logging.DEBUG if is_shard else logging.INFO
         log.log(level, "%s/%s: built, %d bytes, %.1f s", self.kind, key[:12], artifact.num_bytes, produced_by["seconds"])
         return artifact
+
+    def _reason(
+        self, work: Work, spec: S, identity: dict[str, Any], inputs: Mapping[str, Artifact], problem: str | None
+    ) -> dict[str, Any]:
+        """Why the artifact is built, as its manifest keeps it."""
+        if problem:
+            return {"reason": f"damaged: {problem}", "nearest": None}
+        records = {name: record_of(artifact.manifest) for name, artifact in inputs.items()}
+        url, recipe = getattr(spec, "url", None), work.machine.recipe
+        return reason_for(identity, records, Records(work.store.root), recipe=recipe, url=url).told()
 
 
 @contextmanager
@@ -199,19 +221,3 @@ def shard_entry(name: str, artifact: Artifact) -> ShardEntry:
         num_bytes=artifact.num_bytes,
         stats=artifact.stats,
     )
-
-
-def environment() -> dict[str, Any]:
-    """The machine and the package versions that produced an artifact."""
-    return {
-        "host": platform.node(),
-        "python": platform.python_version(),
-        "packages": {name: found for name in RECORDED_PACKAGES if (found := _version(name))},
-    }
-
-
-def _version(package: str) -> str | None:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None

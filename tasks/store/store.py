@@ -1,9 +1,11 @@
 """The artifact store: find, build under a lock, commit by rename, set aside what is damaged.
 
 ``<root>/<kind>/<key>/{files, manifest.json}`` is finished; ``<root>/.staging/<kind>/<key>/`` is being built and survives a
-crash; ``<root>/.locks`` holds flock files, which die with their holder; ``<root>/.damaged`` keeps what was set aside.
+crash; ``<root>/.locks`` holds flock files, which die with their holder; ``<root>/.damaged`` keeps what was set aside;
+``<root>/.trash`` what `seqmill gc` took, until its grace is over.
 """
 
+import contextlib
 import fcntl
 import json
 import logging
@@ -22,11 +24,15 @@ from pydantic import ValidationError
 from tasks.errors import RefError, StoreError
 from tasks.store.artifact import MANIFEST_NAME, Artifact, FileEntry, Manifest, ShardEntry, content_of
 from tasks.store.digest import Digest, DigestMemory, digest_file, digest_json, fsync_path, fsync_tree
+from tasks.store.lease import passing
+from tasks.store.whole import damaged_shard
 
 log = logging.getLogger(__name__)
 
 KIND = re.compile(r"[a-z][a-z-]*")
 SCRATCH_NAME = ".scratch"  # inside staging: what a build needs while it runs; removed by the commit
+TRASH = ".trash"
+MOST_LOADED = 100  # manifests read to tell which of many references is meant
 
 
 class ArtifactStore:
@@ -38,8 +44,26 @@ class ArtifactStore:
 
     def find(self, kind: str, key: Digest) -> Artifact | None:
         """The artifact, if it is there whole by its sizes; None where it is absent or damaged."""
-        artifact = self.load(kind, key)
-        return artifact if artifact and not self.damage(artifact) else None
+        with passing(self.root):
+            artifact = self.load(kind, key)
+            if artifact is None or self.damage(artifact):
+                return None
+            self.keep(artifact)
+            return artifact
+
+    def keep(self, artifact: Artifact) -> None:
+        """Note that the artifact is in use: the time of its lock file, from which `seqmill gc` counts, becomes now."""
+        with contextlib.suppress(OSError):  # a store that cannot be written is not collected either
+            path = self.lock_path(artifact.kind, artifact.key)
+            try:
+                os.utime(path)
+            except FileNotFoundError:  # the store was copied without it, or the collector removed it
+                path.parent.mkdir(exist_ok=True)
+                path.touch()
+
+    def lock_path(self, kind: str, key: Digest) -> Path:
+        """The file that the builder of a key locks; its time says when the artifact was last found."""
+        return self.root / ".locks" / f"{kind}-{key}"
 
     def load(self, kind: str, key: Digest) -> Artifact | None:
         """The artifact as its manifest tells it, unchecked; None where there is no readable manifest."""
@@ -67,6 +91,8 @@ class ArtifactStore:
         return self._damaged_shard(artifact, digests)
 
     def _damaged_shard(self, artifact: Artifact, digests: bool) -> str | None:
+        if not digests:
+            return damaged_shard(self.root, artifact.manifest.shards)
         for entry in artifact.manifest.shards:
             shard = self.load(entry.kind, entry.key)
             if shard is None or shard.content != entry.content:
@@ -78,27 +104,41 @@ class ArtifactStore:
     @contextmanager
     def lock(self, kind: str, key: Digest) -> Iterator[None]:
         """Hold the one builder's place for a key; waits for another holder, and dies with this process."""
-        path = self.root / ".locks" / f"{kind}-{key}"
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            handle = path.open("a+")
-        except OSError as error:
-            raise StoreError(
-                f"{path.parent}: cannot be written ({error.strerror}); mend that, or name another store with --store"
-            ) from error
-        with handle:
+        path = self.lock_path(kind, key)
+        while True:
             try:
-                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                log.info("%s/%s: another process builds it; waiting", kind, key[:12])
-                fcntl.flock(handle, fcntl.LOCK_EX)
-            yield
+                path.parent.mkdir(parents=True, exist_ok=True)
+                handle = path.open("a+")
+            except OSError as error:
+                raise StoreError(
+                    f"{path.parent}: cannot be written ({error.strerror}); mend that, or name another store with --store"
+                ) from error
+            with handle:
+                try:
+                    fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                except BlockingIOError:
+                    log.info("%s/%s: another process builds it; waiting", kind, key[:12])
+                    fcntl.flock(handle, fcntl.LOCK_EX)
+                if not _is_at(path, handle.fileno()):
+                    continue  # `seqmill gc` removed the file between the opening and the lock
+                yield
+                return
 
     def staging(self, kind: str, key: Digest) -> Path:
         """The folder in which an artifact is built, made if absent, as an earlier try left it."""
         path = self.root / ".staging" / kind / key
         path.mkdir(parents=True, exist_ok=True)
         return path
+
+    def restore(self, kind: str, key: Digest) -> Artifact | None:
+        """The artifact out of the trash, whole, in its place again; None where it is not there. Call it under the lock."""
+        with passing(self.root):
+            for path in sorted(self.root.glob(f"{TRASH}/[0-9]*/{kind}/{key}"), reverse=True):
+                (self.root / kind).mkdir(exist_ok=True)
+                path.rename(self.root / kind / key)
+                log.info("%s/%s: taken back out of the trash", kind, key[:12])
+                return self.find(kind, key)
+        return None
 
     def set_aside(self, kind: str, key: Digest, problem: str) -> None:
         """Move a damaged artifact out of the way, whole, for a person to look at. Call it under the lock."""
@@ -142,29 +182,53 @@ class ArtifactStore:
         fsync_path(target.parent)
         return Artifact(self.root, manifest, found=False)
 
-    def artifacts(self, kind: str | None = None) -> Iterator[Artifact]:
-        """Every finished artifact, of one kind where named, oldest first."""
+    def artifacts(self, kind: str | None = None, *, shards: bool = True) -> Iterator[Artifact]:
+        """Every finished artifact, of one kind where named, oldest first; ``shards`` False: of no kind that is a shard."""
         if kind is not None and not KIND.fullmatch(kind):
             raise RefError(f"{self.root}: {kind!r} is no kind of artifact; `seqmill ls` lists what there is")
-        folders = sorted(self.root.glob(f"{kind or '[!.]*'}/*/{MANIFEST_NAME}"))
-        loaded = (self.load(path.parent.parent.name, Digest(path.parent.name)) for path in folders)
+        kinds = [kind] if kind else [name for name in self.kinds() if shards or not name.endswith("-shard")]
+        loaded = (self.load(name, key) for name in kinds for key in self.keys(name))
         return iter(sorted((found for found in loaded if found), key=lambda found: (found.manifest.created, found.ref)))
+
+    def kinds(self) -> list[str]:
+        """The kinds that the store has a folder of."""
+        return sorted(name for name in _names(self.root) if KIND.fullmatch(name))
+
+    def keys(self, kind: str, prefix: str = "") -> list[Digest]:
+        """The names of a kind's folders, those that begin with ``prefix``."""
+        return sorted(Digest(name) for name in _names(self.root / kind) if name.startswith(prefix))
 
     def resolve(self, ref: str) -> Artifact:
         """The artifact that ``ref`` names: ``kind`` (its newest), ``kind/key`` or ``key``, where a key may be cut short.
 
         Raises RefError where nothing, or more than one artifact, answers to it.
         """
-        kind, _, prefix = ref.partition("/") if "/" in ref else ("", "", ref)
-        everything = list(self.artifacts(kind or None))
-        matches = [artifact for artifact in everything if artifact.key.startswith(prefix)]
-        newest = [artifact for artifact in everything if artifact.kind == ref][-1:]
-        if not kind and newest:
+        if KIND.fullmatch(ref) and (newest := list(self.artifacts(ref))[-1:]):
             return newest[0]
+        kind, _, prefix = ref.partition("/") if "/" in ref else ("", "", ref)
+        if kind and not KIND.fullmatch(kind):
+            raise RefError(f"{self.root}: {kind!r} is no kind of artifact; `seqmill ls` lists what there is")
+        named = [(name, key) for name in ([kind] if kind else self.kinds()) for key in self.keys(name, prefix)]
+        matches = [found for name, key in named[:MOST_LOADED] if (found := self.load(name, key))]
         if len(matches) == 1:
             return matches[0]
-        found = f"{len(matches)} artifacts begin so" if matches else "no such artifact"
-        raise RefError(f"{self.root}: {ref!r}: {found}; `seqmill ls` lists what there is")
+        what = f"{len(named)} artifacts begin so" if matches else "no such artifact"
+        raise RefError(f"{self.root}: {ref!r}: {what}; `seqmill ls` lists what there is")
+
+
+def _names(folder: Path) -> list[str]:
+    try:
+        with os.scandir(folder) as entries:
+            return [entry.name for entry in entries if entry.is_dir()]
+    except OSError:  # no such folder, or one that is a file
+        return []
+
+
+def _is_at(path: Path, handle: int) -> bool:
+    try:
+        return os.path.samestat(path.stat(), os.fstat(handle))
+    except FileNotFoundError:
+        return False
 
 
 def _entries(staging: Path, known: dict[str, Digest]) -> Iterator[FileEntry]:
