@@ -42,10 +42,11 @@ def example_rows(base: Artifact, examples: Artifact) -> Rows:
         block_size=examples.stats["block_size"],
         vocab_size=examples.stats["vocab_size"],
         content=f"{base.content}{examples.content}",
+        origin=examples,
     )
 
 
-def base_model(base: Artifact, examples: Artifact, where: str, lora: dict[str, Any] | None = None) -> Start:
+def base_model(base: Artifact, examples: Artifact, where: str, adapter: dict[str, Any] | None = None) -> Start:
     """The base, checked against the examples."""
     config = read_config(base.path)
     check_fits(config, examples.stats["block_size"], examples.stats["vocab_size"], where)
@@ -54,7 +55,7 @@ def base_model(base: Artifact, examples: Artifact, where: str, lora: dict[str, A
         folder=base.path,
         attention="sdpa",
         vocab_size=config["vocab_size"],
-        lora=lora,
+        adapter=adapter,
         generation=generation_fields(base.path, examples.stats.get("end_markers", {}).values()),
     )
 

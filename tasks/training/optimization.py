@@ -2,7 +2,7 @@
 
 from typing import Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from tasks.store import Spec, unkeyed
 
@@ -23,11 +23,31 @@ class OptimizationSpec(Spec):
     max_grad_norm: float = Field(1.0, gt=0, description="the gradient's L2 norm is clipped to this")
     precision: Literal["bf16", "fp32"] = Field("bf16", description="of computation and of the saved weights; AdamW keeps fp32")
     gradient_checkpointing: bool = Field(False, description="compute activations again in the backward pass, to save memory")
+    loss: Literal["chunked", "plain", "liger"] = Field(
+        "chunked",
+        description="how logits become a loss: chunked holds few of them at a time, plain all of a micro batch, as the model's "
+        "own class does it; liger is Liger's kernel, for GPUs",
+    )
+    adamw: Literal["fused", "looped"] | None = Field(
+        None, description="how AdamW steps: one kernel over all weights, or a weight after the other; absent: fused"
+    )
+    compiled: Literal["layers"] | None = Field(
+        None, description="torch.compile, of every layer by itself; absent: nothing is compiled"
+    )
     seed: int = Field(0, ge=0, description="of initial weights, data order and dropout")
     checkpoint_steps: int = unkeyed(100, description="steps between checkpoints")
     logging_steps: int = unkeyed(5, description="steps between two reports of metrics")
+    loss_jump: float | None = unkeyed(
+        None, description="a step whose loss is more than so many times the median of the 100 before ends the run; absent: none"
+    )
     evaluation_steps: int | None = unkeyed(None, description="steps between validations; absent: only after the last step")
     max_evaluation_rows: int | None = unkeyed(None, description="validation rows read each time, the first ones; absent: all")
+
+    @field_validator("adamw")
+    @classmethod
+    def _absent_is_fused(cls, value: str | None) -> str | None:
+        # One spelling of what needs no field: said or not, the key is the same.
+        return None if value == "fused" else value
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -39,6 +59,8 @@ class OptimizationSpec(Spec):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name} is {value}; give 1 or more")
+        if self.loss_jump is not None and self.loss_jump <= 1:
+            raise ValueError(f"loss_jump is {self.loss_jump}; give more than 1, such as 3")
         return self
 
     def steps(self, num_rows: int) -> int:

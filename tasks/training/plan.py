@@ -53,8 +53,9 @@ class TrainingPlan:
     facts: dict[str, Any]  # what a checkpoint belongs to
     result_path: str
     stop_path: str  # exists once the run is to save a checkpoint and end
+    halt_path: str  # where the worker writes at which rows it ended, and why
     boundary_id: int | None = None  # closes the documents that are not to see each other
-    lora: dict[str, Any] | None = None
+    adapter: dict[str, Any] | None = None  # what is added to a frozen base: "method", "fields", ...
     generation: dict[str, Any] = field(default_factory=dict)  # fields of generation_config.json
 
     def write(self, path: Path) -> None:

@@ -66,6 +66,7 @@ def block_rows(blocks: Artifact, tokenizer: Artifact, source: str | None, is_wit
         vocab_size=blocks.stats["vocab_size"],
         content=f"{blocks.content}{tokenizer.content}{source or ''}",
         boundary_id=blocks.stats["end_of_document_id"] if is_within else None,
+        origin=blocks,
     )
 
 

@@ -5,7 +5,8 @@ Writes  a model folder into staging; plan, checkpoints and metrics into its scra
 """
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,19 +14,21 @@ from typing import Any
 import orjson
 import pyarrow as pa
 
-from tasks.errors import RecipeError
-from tasks.store import Built, Work
+from tasks.errors import RecipeError, WorkerError
+from tasks.store import Artifact, Built, Work
 from tasks.training.checkpoints import clear_torn, newest_checkpoint, step_of, written_facts
 from tasks.training.deepspeed import load_deepspeed_config, zero_stage
 from tasks.training.launch import run_worker
 from tasks.training.metrics import MetricsFile, final_loss, follow, read_metrics, tokens_per_second
 from tasks.training.optimization import OptimizationSpec
 from tasks.training.plan import TrainingPlan, derive_batch
+from tasks.training.references import Reference, row_references
 
 log = logging.getLogger(__name__)
 
 WORKER = "tasks.training.worker"
 METRICS_NAME = "metrics.jsonl"
+LISTED_ROWS = 3  # in an error's one line
 
 
 @dataclass(frozen=True)
@@ -38,17 +41,18 @@ class Rows:
     vocab_size: int  # of the tokenizer that made them
     content: str  # the digest of all inputs
     boundary_id: int | None = None  # closes the documents of a row that are not to see each other
+    origin: Artifact | None = None  # what the rows are of: blocks or examples
 
 
 @dataclass(frozen=True)
 class Start:
-    """What the model is at the start: a config or a folder; LoRA layers to add; fields of generation_config.json."""
+    """What the model is at the start: a config or a folder; an adapter to add; fields of generation_config.json."""
 
     config: dict[str, Any] | None
     folder: Path | None
     attention: str
     vocab_size: int  # of the model
-    lora: dict[str, Any] | None = None
+    adapter: dict[str, Any] | None = None
     generation: dict[str, Any] = field(default_factory=dict)
 
 
@@ -80,7 +84,8 @@ def train(work: Work, spec: OptimizationSpec, kind: str, rows: Rows, start: Star
     checkpoint = Path(plan.resume_from) if plan.resume_from else None
     step = step_of(checkpoint) if checkpoint else 0
     clear_torn(Path(plan.checkpoint_dir), checkpoint)
-    Path(plan.stop_path).unlink(missing_ok=True)
+    for path in (plan.stop_path, plan.halt_path):
+        Path(path).unlink(missing_ok=True)
     if checkpoint:
         log.info("%s: resumed from %s, step %d of %d%s", kind, checkpoint, step, plan.num_steps, _change(checkpoint, plan))
     plan_path = work.scratch / "plan.json"
@@ -89,15 +94,16 @@ def train(work: Work, spec: OptimizationSpec, kind: str, rows: Rows, start: Star
     settings, num_ranks = work.machine.training, plan.batch["num_ranks"]
     with work.machine.progress(kind, plan.num_steps, "steps") as advance:
         heard = follow(metrics, kind, advance, work.machine.on_metrics)
-        run_worker(
-            WORKER,
-            plan_path,
-            num_ranks=num_ranks,
-            settings=settings,
-            on_metrics=heard,
-            label=kind,
-            stop_path=Path(plan.stop_path),
-        )
+        with told_where(plan, rows):
+            run_worker(
+                WORKER,
+                plan_path,
+                num_ranks=num_ranks,
+                settings=settings,
+                on_metrics=heard,
+                label=kind,
+                stop_path=Path(plan.stop_path),
+            )
     outcome = _outcome(plan, metrics, step)
     log.info(
         "%s: %d steps on %d ranks, %s tokens/s, training loss %s, validation loss %s",
@@ -138,10 +144,39 @@ def make_plan(work: Work, spec: OptimizationSpec, kind: str, rows: Rows, start: 
         facts=facts,
         result_path=str(work.scratch / "result.json"),
         stop_path=str(work.scratch / "stop"),
+        halt_path=str(work.scratch / "halt.json"),
         boundary_id=rows.boundary_id,
-        lora=start.lora,
+        adapter=start.adapter,
         generation=start.generation,
     )
+
+
+@contextmanager
+def told_where(plan: TrainingPlan, rows: Rows) -> Iterator[None]:
+    """Turns the end that the watch over the loss has put to a run into a WorkerError that says at which documents."""
+    try:
+        yield
+    except WorkerError as error:
+        path = Path(plan.halt_path)
+        if not path.exists():
+            raise
+        halt, kept = orjson.loads(path.read_bytes()), newest_checkpoint(Path(plan.checkpoint_dir), plan.facts)
+        counts = [count_rows(file) for file in rows.train_files]
+        found = row_references(halt["rows"], rows.train_files, counts, rows.origin)
+        told = [[asdict(reference) for reference in references] for references in found]
+        path.write_bytes(orjson.dumps({**halt, "references": told}, option=orjson.OPT_INDENT_2))
+        raise WorkerError(
+            f"{plan.label}: step {halt['step']}: {halt['what']}, at {_shown(found, halt['is_whole_batch'])} (all in {path}); "
+            f"{kept.name if kept else 'no checkpoint'} is kept: lower learning_rate or raise warmup_steps"
+            + (", or raise loss_jump to go on from there" if kept and plan.optimization["loss_jump"] else "")
+        ) from error
+
+
+def _shown(found: Sequence[Sequence[Reference]], is_whole_batch: bool) -> str:
+    """The first rows' references, and how many rows there are."""
+    listed = ", ".join(str(reference) for references in found[:LISTED_ROWS] for reference in references)
+    more = f" and {len(found) - LISTED_ROWS} rows more" if len(found) > LISTED_ROWS else ""
+    return f"{listed}{more}{', the whole batch' if is_whole_batch else ''}"
 
 
 def is_validation_due(spec: OptimizationSpec, resume: Path | None, metrics_path: Path) -> bool:

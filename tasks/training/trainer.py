@@ -1,8 +1,6 @@
-"""Trainer as seqmill uses it: our data order, whole checkpoints, a validation loss exact to the token.
+"""Trainer as seqmill uses it: our data order, whole checkpoints, a validation loss exact to the token."""
 
-Shapes: B rows of a batch, T block_size, V vocabulary.
-"""
-
+import contextlib
 import dataclasses
 import json
 import logging
@@ -14,16 +12,18 @@ from typing import Any
 import orjson
 import torch
 import torch.distributed as dist
-from torch.nn.functional import cross_entropy
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from tasks.errors import WorkerError
-from tasks.schemas import IGNORED_LABEL
+from tasks.errors import SeqmillError, WorkerError
+from tasks.store import write_atomically
 from tasks.training.datasets import training_loader, validation_batches
-from tasks.training.order import Share, dropout_seed
+from tasks.training.loss import summed_loss
+from tasks.training.meter import Meter
+from tasks.training.order import RowOrder, Share, dropout_seed
 from tasks.training.rank import StopRequest, report_metrics
 from tasks.training.saving import PROGRESS, TRAINER_STATE, CheckpointWriter, Ranks
 from tasks.training.state import base_optimizer, restore, snapshot
+from tasks.training.watch import Halt, LossWatch
 
 log = logging.getLogger(__name__)
 
@@ -43,15 +43,27 @@ class SteppedTrainer(Trainer):
         self.validation_loss: float | None = None
         self.validated_step = -1
         self.frozen: Any = None
-        self._reported = (0, time.monotonic())
+        self.watch = LossWatch(share, RowOrder(num_rows, plan["optimization"]["seed"]), plan["optimization"]["loss_jump"])
+        self.meter = Meter(share.global_batch_size * plan["block_size"], share.num_ranks, plan["num_steps"])
         super().__init__(**options)
         self.add_callback(Steps(self))
+
+    @property
+    def has_virtual_tokens(self) -> bool:
+        """Whether an adapter's virtual tokens stand in front of every row, which then is to hold one example."""
+        return bool(self.plan["adapter"] and self.plan["adapter"]["num_virtual_tokens"])
 
     def get_train_dataloader(self) -> Any:
         """This rank's rows from the first step that is still to do."""
         plan, seed = self.plan, self.plan["optimization"]["seed"]
         return training_loader(
-            plan["train_files"], seed, self.share, self.first_step, plan["num_steps"], boundary_id=plan["boundary_id"]
+            plan["train_files"],
+            seed,
+            self.share,
+            self.first_step,
+            plan["num_steps"],
+            boundary_id=plan["boundary_id"],
+            alone=self.has_virtual_tokens,
         )
 
     def _save_checkpoint(self, *_: Any, **__: Any) -> None:
@@ -67,7 +79,8 @@ class SteppedTrainer(Trainer):
         assert self.lr_scheduler
         schedule = {name: value for name, value in self.lr_scheduler.state_dict().items() if name != "lr_lambdas"}
         trainer_state = json.dumps(dataclasses.asdict(self.state), sort_keys=True)
-        return {PROGRESS: orjson.dumps({"num_steps": num_steps, "schedule": schedule}), TRAINER_STATE: trainer_state.encode()}
+        progress = {"num_steps": num_steps, "schedule": schedule, "losses": self.watch.known}
+        return {PROGRESS: orjson.dumps(progress), TRAINER_STATE: trainer_state.encode()}
 
     def _prepare_for_training(self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: str | None) -> Any:
         """Trainer's own, but for what a checkpoint is: ours is read by any number of ranks under any ZeRO stage."""
@@ -76,6 +89,7 @@ class SteppedTrainer(Trainer):
             folder = Path(resume_from_checkpoint)
             progress = orjson.loads((folder / PROGRESS).read_bytes())
             restore(self.model_wrapped, folder, progress["num_steps"])
+            self.watch.known = progress.get("losses", [])  # of a checkpoint that tells them
             assert self.lr_scheduler
             groups = base_optimizer(self.model_wrapped.optimizer).param_groups
             self.lr_scheduler.load_state_dict({**progress["schedule"], "lr_lambdas": [None] * len(groups)})  # functions: kept
@@ -90,7 +104,8 @@ class SteppedTrainer(Trainer):
         total = torch.zeros(2, dtype=torch.float64, device=device)
         model.eval()
         with torch.no_grad():
-            for batch in validation_batches(plan["validation_files"], self.share, most_rows, plan["boundary_id"]):
+            rows = (plan["validation_files"], self.share, most_rows, plan["boundary_id"])
+            for batch in validation_batches(*rows, alone=self.has_virtual_tokens):
                 total += summed_loss(model, {name: tensor.to(device) for name, tensor in batch.items()})
         if dist.is_initialized():
             dist.all_reduce(total)
@@ -99,35 +114,51 @@ class SteppedTrainer(Trainer):
         self.validated_step = self.state.global_step
         self.control.should_evaluate = False
         self.log({"validation_loss": self.validation_loss})
-        self._reported = (self.state.global_step, time.monotonic())  # a validation's seconds are not training's
+        self.meter.start_at(self.state.global_step)
         return {"eval_loss": self.validation_loss}
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Report a loss or a validation loss with its step; stop at a loss that is no number."""
+        """Report a loss or a validation loss with its step; end at one that is no number, or that jumps."""
         if "loss" not in logs and "validation_loss" not in logs:
             return
         step = self.state.global_step
         epoch = step * self.share.global_batch_size / self.num_rows
         row = {"step": step, "epoch": round(epoch, 4), **{name: float(value) for name, value in logs.items()}}
         if "loss" in logs:
-            row |= self._rates(step)
-        if not math.isfinite(row.get("loss", row.get("validation_loss", 0.0))):
-            raise WorkerError(
-                f"{self.plan['label']}: the loss is not a number after step {step}; lower learning_rate or raise warmup_steps"
-            )
-        if self.is_world_process_zero():
+            row |= self.meter.read(step)
+        if self.is_world_process_zero() and all(map(math.isfinite, row.values())):
             report_metrics(row)
+        if "loss" in logs and (halt := self.watch.judge(step, self.ranks)):
+            self._end_at(halt)
+        if not math.isfinite(row.get("validation_loss", 0.0)):
+            raise WorkerError(
+                f"{self.plan['label']}: the validation loss is not a number after step {step}; lower learning_rate or raise "
+                "warmup_steps"
+            )
 
-    def _rates(self, step: int) -> dict[str, float]:
-        (since, then), now = self._reported, time.monotonic()
-        self._reported = (step, now)
-        tokens = (step - since) * self.share.global_batch_size * self.plan["block_size"]
-        return {"num_steps": step - since, "tokens_per_second": round(tokens / (now - then), 1)}
+    def training_step(self, *given: Any, **options: Any) -> torch.Tensor:
+        loss = super().training_step(*given, **options)
+        self.watch.note_loss(loss)
+        return loss
+
+    def _get_grad_norm(self, *given: Any, **options: Any) -> Any:
+        norm = super()._get_grad_norm(*given, **options)
+        self.watch.note_norm(norm)
+        return norm
+
+    def _end_at(self, halt: Halt) -> None:
+        """Raise on every rank, once the launcher can read where, and the checkpoint under way is sealed."""
+        with contextlib.suppress(SeqmillError):  # it may hold what made the loss no number; the one before is kept
+            self.writer.finish()
+        if self.is_world_process_zero():
+            write_atomically(Path(self.plan["halt_path"]), orjson.dumps(halt.told()))
+        self.ranks.gather(None)  # the first rank that fails takes the others down
+        raise WorkerError(f"{self.plan['label']}: step {halt.step}: {halt.what}")
 
     def start_at(self, step: int) -> None:
         """Count steps and rates from ``step``, where a checkpoint left off."""
         self.first_step = step
-        self._reported = (step, time.monotonic())
+        self.meter.start_at(step)
 
 
 class Steps(TrainerCallback):
@@ -138,8 +169,13 @@ class Steps(TrainerCallback):
         self.plan = trainer.plan
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        if self.plan["lora"]:
-            from tasks.training.lora import FrozenWeights
+        trainer = self.trainer
+        if trainer.is_world_process_zero():
+            precision = self.plan["optimization"]["precision"]
+            trainer.meter.begin(trainer.model, self.plan["block_size"], precision, args.device)
+            trainer.meter.start_at(trainer.first_step)
+        if self.plan["adapter"]:
+            from tasks.training.adapters.saved import FrozenWeights
 
             # Here, since DeepSpeed has brought the weights into the number format of computation by now.
             self.trainer.frozen = FrozenWeights(self.trainer.model)
@@ -170,13 +206,3 @@ def barrier() -> None:
     """Wait for every rank."""
     if dist.is_initialized():
         dist.barrier()
-
-
-def summed_loss(model: Any, batch: dict[str, torch.Tensor]) -> torch.Tensor:
-    """The summed loss of a batch, and over how many tokens: float64 (2,)."""
-    labels_BT = batch.pop("labels")[:, 1:]
-    logits_BTV = model(**batch, use_cache=False).logits[:, :-1]
-    loss = labels_BT.new_zeros((), dtype=torch.float64)
-    for logits_TV, labels_T in zip(logits_BTV, labels_BT, strict=True):  # a row at a time: fp32 logits are large
-        loss += cross_entropy(logits_TV.float(), labels_T, ignore_index=IGNORED_LABEL, reduction="sum").double()
-    return torch.stack([loss, (labels_BT != IGNORED_LABEL).sum().double()])
