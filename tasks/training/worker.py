@@ -20,10 +20,11 @@ from tasks.training.checkpoints import step_of
 from tasks.training.datasets import open_rows
 from tasks.training.deepspeed import zero_stage
 from tasks.training.lines import stopped_line
+from tasks.training.loss import add_head_loss
 from tasks.training.order import Share
 from tasks.training.rank import StopRequest, num_ranks, rank, run_rank, speak
 from tasks.training.trainer import SteppedTrainer
-from tasks.training.weights import prepared_model
+from tasks.training.weights import compile_layers, prepared_model
 
 log = logging.getLogger(__name__)
 
@@ -39,6 +40,9 @@ def train(plan: dict[str, Any], stop: StopRequest | None = None) -> None:
     arguments = training_arguments(plan)  # first: from here on ZeRO-3 builds models in pieces
     join_ranks()
     model = prepared_model(plan)
+    add_head_loss(model, plan["optimization"]["loss"], plan["label"])
+    if plan["optimization"]["compiled"]:
+        compile_layers(model)
     share = Share(rank(), num_ranks(), plan["batch"]["micro_batch_size"], plan["batch"]["accumulation"])
     num_rows = len(open_rows(plan["train_files"]))
     trainer = SteppedTrainer(plan, share, num_rows, stop, model=model, args=arguments)
@@ -89,6 +93,7 @@ def training_arguments(plan: dict[str, Any]) -> TrainingArguments:
         adam_beta2=optimization["adam_beta2"],
         adam_epsilon=optimization["adam_epsilon"],
         max_grad_norm=optimization["max_grad_norm"],
+        optim="adamw_torch" if optimization["adamw"] == "looped" else "adamw_torch_fused",
         activation_checkpointing=optimization["gradient_checkpointing"],
         bf16=optimization["precision"] == "bf16",
         seed=optimization["seed"],

@@ -10,8 +10,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from tasks.errors import CorpusError
 from tasks.schemas import IGNORED_LABEL, blocks_schema, examples_schema
 from tasks.training.datasets import collate, open_rows, training_loader, validation_batches
+from tasks.training.loss import summed_loss
 from tasks.training.order import RowOrder, Share
-from tasks.training.trainer import summed_loss
 from tests.training.small_inputs import BLOCK_SIZE, QWEN, random_examples, write_columns, write_rows
 
 
