@@ -19,6 +19,7 @@ from torch.utils.data import DataLoader, Sampler
 
 from tasks.errors import CorpusError
 from tasks.schemas import IGNORED_LABEL
+from tasks.training.adapters.virtual import one_example_a_row
 from tasks.training.order import RowOrder, Share
 
 Batch = dict[str, torch.Tensor]
@@ -37,17 +38,18 @@ def open_rows(files: Sequence[str]) -> datasets.Dataset:
     return rows.with_format("numpy")
 
 
-def collate(rows: list[dict[str, np.ndarray]], boundary_id: int | None = None) -> Batch:
+def collate(rows: list[dict[str, np.ndarray]], boundary_id: int | None = None, alone: bool = False) -> Batch:
     """Rows as tensors, int64 (B, T); a block's labels are its ids. No attention mask: any would undo position_ids.
 
     boundary_id: closes every document of a block, and no document sees another; None: a block is one text.
+    alone: the examples of a row are taken apart, and B is their number.
     """
     columns = {name: np.stack([row[name] for row in rows]).astype(np.int64) for name in rows[0]}
     if boundary_id is not None:
         columns["position_ids"] = restarting_positions(columns["input_ids"], boundary_id)
     batch = {name: torch.from_numpy(column) for name, column in columns.items()}
     batch.setdefault("labels", batch["input_ids"].clone())
-    return batch
+    return one_example_a_row(batch) if alone else batch
 
 
 def restarting_positions(ids_BT: np.ndarray, boundary_id: int) -> np.ndarray:
@@ -91,15 +93,22 @@ class MicroBatches(Sampler[list[int]]):
 
 
 def training_loader(
-    files: Sequence[str], seed: int, share: Share, first_step: int, num_steps: int, *, boundary_id: int | None = None
+    files: Sequence[str],
+    seed: int,
+    share: Share,
+    first_step: int,
+    num_steps: int,
+    *,
+    boundary_id: int | None = None,
+    alone: bool = False,
 ) -> "DataLoader[dict[str, Any]]":
-    """The training rows of one rank, in order, from ``first_step`` on; ``boundary_id`` as in ``collate``."""
+    """The training rows of one rank, in order, from ``first_step`` on; ``boundary_id`` and ``alone`` as in ``collate``."""
     rows = open_rows(files)
     dataset = OrderedRows(rows, RowOrder(len(rows), seed), num_steps * share.global_batch_size)
     return DataLoader(
         dataset,
         batch_sampler=MicroBatches(share, first_step, num_steps),
-        collate_fn=partial(collate, boundary_id=boundary_id),
+        collate_fn=partial(collate, boundary_id=boundary_id, alone=alone),
         pin_memory=torch.cuda.is_available(),
         # Its own: an iterator draws one number from the global generator otherwise.
         generator=torch.Generator(),
@@ -107,7 +116,7 @@ def training_loader(
 
 
 def validation_batches(
-    files: Sequence[str], share: Share, most_rows: int | None, boundary_id: int | None = None
+    files: Sequence[str], share: Share, most_rows: int | None, boundary_id: int | None = None, alone: bool = False
 ) -> Iterator[Batch]:
     """One rank's share of the validation rows. Every rank gets as many batches, as ZeRO-3 needs: the last may be all ignored."""
     rows = open_rows(files)
@@ -120,4 +129,4 @@ def validation_batches(
         for place, index in enumerate(wanted):
             if index >= num_rows:
                 batch["labels"][place] = IGNORED_LABEL
-        yield batch
+        yield one_example_a_row(batch) if alone else batch

@@ -1,4 +1,4 @@
-"""The model in the worker: made from a config, or loaded from a folder, with LoRA layers where the plan says so.
+"""The model in the worker: made from a config, or loaded from a folder, with an adapter where the plan says so.
 
 Reads   config.json, *.safetensors
 """
@@ -26,7 +26,7 @@ WHERE = "pretrained.model.config"
 
 
 def prepared_model(plan: dict[str, Any]) -> Any:
-    """The model that the plan starts from, with LoRA layers where it says so; the same on every rank."""
+    """The model that the plan starts from, with an adapter where it says so; the same on every rank."""
     seed = plan["optimization"]["seed"]
     torch.manual_seed(seed)
     if plan["model"]["config"] and zero_stage(plan["deepspeed"]) == 3:
@@ -37,10 +37,10 @@ def prepared_model(plan: dict[str, Any]) -> Any:
         model = loaded_model(plan, plan["model"]["folder"])
     check_fits(model.config.to_dict(), plan["block_size"], plan["vocab_size"], plan["label"])
     model.generation_config = GenerationConfig(**plan["generation"])
-    if plan["lora"]:
-        from tasks.training.lora import add_lora
+    if plan["adapter"]:
+        from tasks.training.adapters.layers import add_adapter
 
-        return add_lora(model, plan["lora"], plan["label"], plan["optimization"]["gradient_checkpointing"])
+        return add_adapter(model, plan["adapter"], plan["label"], plan["optimization"]["gradient_checkpointing"])
     return model
 
 

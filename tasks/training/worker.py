@@ -129,10 +129,10 @@ def save(trainer: SteppedTrainer, plan: dict[str, Any]) -> None:
     assert not empty, f"not gathered: {empty}"
     model = trainer.accelerator.unwrap_model(trainer.model_wrapped)
     model.config.use_cache = True
-    if plan["lora"]:
-        from tasks.training.lora import save_adapter
+    if plan["adapter"]:
+        from tasks.training.adapters.saved import save_adapter
 
-        save_adapter(model, weights, Path(plan["output_dir"]), plan["lora"]["base_ref"])
+        save_adapter(model, weights, Path(plan["output_dir"]), plan["adapter"]["base_ref"])
     else:
         model.save_pretrained(plan["output_dir"], state_dict=weights)
     counts = [(getattr(p, "ds_numel", p.numel()), p.requires_grad) for p in model.parameters()]

@@ -10,17 +10,17 @@ from safetensors.torch import load_file
 
 from tasks.machine import Machine, TrainingSettings
 from tasks.store import ArtifactStore, Work
-from tasks.training.adapter import LoraSpec
 from tasks.training.deepspeed import preset
 from tasks.training.launch import run_worker
 from tasks.training.model import completed_config
 from tasks.training.optimization import OptimizationSpec
 from tasks.training.run import Rows, Start, make_plan
+from tests.training.adapting import plan_of
 from tests.training.small_inputs import BLOCK_SIZE, QWEN, VOCAB_SIZE, InputSpec, build_examples
 
 CONFIG = completed_config({**QWEN, "attention_dropout": 0.0}, VOCAB_SIZE, 0)
+ADAPTERS = (("lora", "zero2"), ("lora", "zero3"), ("pfeiffer", "zero2"), ("pfeiffer", "zero3"), ("p_tuning", "zero2"))
 SPEC = OptimizationSpec(global_batch_size=4, num_steps=6, learning_rate=1e-2, precision="fp32", logging_steps=1)
-LORA = {**LoraSpec(target_modules=("q_proj", "embed_tokens")).model_dump(mode="json"), "base_ref": "finetuned/abc"}
 
 
 class Runs:
@@ -65,9 +65,10 @@ def test_the_loss_is_the_mean_over_the_tokens_of_the_global_batch_however_shared
     both = Runs(tmp_path / "both")
     for name in ("zero3", "zero2", "zero0", "zero3_offload"):  # zero3 first: it needs the ranks' group before all else
         both.add(name, new, TrainingSettings(num_ranks=2, micro_batch_size=2, deepspeed_config=preset(name)))
-    base = Start(config=None, folder=tmp_path / "alone" / "4x1", attention="sdpa", vocab_size=64, lora=LORA)
-    for name in ("zero2", "zero3"):
-        both.add(f"adapter-{name}", base, TrainingSettings(num_ranks=2, micro_batch_size=1, deepspeed_config=preset(name)))
+    folder = tmp_path / "alone" / "4x1"
+    for method, zero in ADAPTERS:
+        base = Start(config=None, folder=folder, attention="sdpa", vocab_size=64, adapter=plan_of(method, folder))
+        both.add(f"{method}-{zero}", base, TrainingSettings(num_ranks=2, micro_batch_size=1, deepspeed_config=preset(zero)))
     both.run(num_ranks=2)
 
     expected, *others = alone.losses() + both.losses()[:4]
@@ -76,7 +77,10 @@ def test_the_loss_is_the_mean_over_the_tokens_of_the_global_batch_however_shared
         assert losses == pytest.approx(expected, abs=2e-5)
     adapters = both.losses()[4:]
     assert adapters[0] == pytest.approx(adapters[1], abs=2e-5)
-    assert_whole(tmp_path / "both" / "adapter-zero3" / "adapter_model.safetensors", like="adapter-zero2")
+    assert adapters[2] == pytest.approx(adapters[3], abs=2e-5)
+    assert_whole(tmp_path / "both" / "lora-zero3" / "adapter_model.safetensors", like="lora-zero2")
+    assert_whole(tmp_path / "both" / "pfeiffer-zero3" / "adapter_model.safetensors", like="pfeiffer-zero2")
+    assert load_file(tmp_path / "both" / "p_tuning-zero2" / "adapter_model.safetensors")["prompt_embeddings"].shape == (4, 32)
     assert_whole(tmp_path / "both" / "zero3" / "model.safetensors", like="zero2")
 
 

@@ -12,7 +12,8 @@ from pydantic import ValidationError
 from tasks.errors import RecipeError, SettingsError, SourceError
 from tasks.machine import Machine, TrainingSettings
 from tasks.store import Artifact, ArtifactStore, Built, Digest, Spec, Stage, Work, stage
-from tasks.training.adapter import AdapterSpec, build_adapter, number_format
+from tasks.training.adapter import AdapterSpec, adapted_folders, build_adapter, number_format
+from tasks.training.deepspeed import preset
 from tasks.training.finetuned import FinetunedSpec, build_finetuned, copy_tokenizer, generation_fields
 from tasks.training.metrics import bits_per_byte
 from tasks.training.model import ModelSpec
@@ -41,7 +42,22 @@ OTHER: dict[str, Any] = {
     "compiled": "layers",
     "seed": 1,
 }
-OTHER_LORA = {"rank": 4, "alpha": 16.0, "dropout": 0.1, "target_modules": ("k_proj",), "use_rslora": True}
+# Another value for every field of every method.
+OTHER_FIELDS: dict[str, dict[str, Any]] = {
+    "lora": {
+        "rank": 4, "alpha": 16.0, "dropout": 0.1, "target_modules": "all-linear", "use_rslora": True, "use_dora": True,
+        "init": "olora",
+    },
+    "qlora": {"rank": 4, "init": "gaussian", "use_dora": True, "quantization": "fp4", "double_quantization": False},
+    "bottleneck": {
+        "placement": "houlsby", "size": 8, "activation": "gelu", "dropout": 0.1, "attention_modules": ("out_proj",),
+        "feedforward_modules": ("fc2",),
+    },
+    "prefix": {"num_virtual_tokens": 8, "projection_size": 64},
+    "p_tuning": {"num_virtual_tokens": 8, "encoder": "lstm", "encoder_size": 64},
+    "prompt": {"num_virtual_tokens": 8, "init": "random"},
+    "ia3": {"target_modules": ("q_proj", "down_proj"), "feedforward_modules": ()},
+}  # fmt: skip
 
 
 def pretrained_spec(**fields: Any) -> PretrainedSpec:
@@ -66,11 +82,77 @@ def test_every_field_that_decides_bytes_changes_the_key(build: Stage[Any], make:
     assert build.identity(make(), inputs) != build.identity(make(**{name: OTHER[name]}), inputs)
 
 
-@pytest.mark.parametrize("name", OTHER_LORA)
-def test_every_field_of_lora_changes_the_key(name: str) -> None:
-    inputs = {"base": CONTENT, "examples": CONTENT}
-    other = adapter_spec(lora={name: OTHER_LORA[name]})
-    assert build_adapter.identity(adapter_spec(), inputs) != build_adapter.identity(other, inputs)
+@pytest.mark.parametrize(("method", "name"), [(method, name) for method in OTHER_FIELDS for name in OTHER_FIELDS[method]])
+def test_every_field_of_a_method_changes_the_key(method: str, name: str) -> None:
+    other = adapter_spec(method=method, **{method: {name: OTHER_FIELDS[method][name]}})
+    assert other.identity() != adapter_spec(method=method).identity()
+
+
+def test_the_key_of_a_lora_is_what_it_was_before_there_were_other_methods() -> None:
+    lora = {"rank": 8, "alpha": 32.0, "dropout": 0.0, "target_modules": ["q_proj", "v_proj"], "use_rslora": False}
+    told = {name: value for name, value in adapter_spec().identity().items() if name not in OTHER}
+    assert told == {"method": "lora", "lora": lora, "merge": False}
+    assert adapter_spec(lora={"use_dora": False, "init": "kaiming"}).identity() == adapter_spec().identity()
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"method": "ia3", "lora": {"rank": 4}}, "lora is given, the method is ia3; leave lora out, or set method to lora"),
+        ({"method": "full", "lora": {"rank": 4}}, "lora is given, the method is full"),
+        ({"lora": None}, "lora is null, and is the method; leave it out for its defaults, or give its fields"),
+        ({"method": "bottleneck", "merge": True}, "merge is true, the method is bottleneck; only lora and ia3 can be merged"),
+        ({"method": "qlora", "merge": True}, "merge is true, the method is qlora"),
+        ({"method": "prefix", "gradient_checkpointing": True}, "gradient_checkpointing is true, the method is prefix"),
+        ({"lora": {"init": "pissa", "use_dora": True}}, "init is pissa with use_dora"),
+        ({"method": "qlora", "qlora": {"init": "olora"}}, "init is olora, which needs the base's weights whole"),
+        ({"method": "p_tuning", "p_tuning": {"encoder_dropout": 0.1}}, "encoder_dropout is 0.1, the encoder is an mlp"),
+        ({"method": "prompt", "prompt": {"init": "text"}}, "text is absent, init is text"),
+        ({"method": "prompt", "prompt": {"text": "a"}}, "text is given, init is vocabulary"),
+        ({"method": "ia3", "ia3": {"target_modules": ("k_proj",)}}, "feedforward_modules has down_proj, target_modules has not"),
+    ],
+)
+def test_fields_that_do_not_go_together_are_refused(fields: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValidationError, match=message):
+        adapter_spec(**fields)
+
+
+@pytest.mark.parametrize("method", ["prefix", "p_tuning", "prompt", "qlora"])
+def test_what_zero_3_cannot_train_is_refused_before_a_launch(tmp_path: Path, method: str) -> None:
+    store = ArtifactStore(tmp_path)
+    base, examples = build_small_base(store, Machine(), InputSpec()), build_examples(store, Machine(), InputSpec())
+    machine = Machine(training=TrainingSettings(deepspeed_config=preset("zero3")))
+    with pytest.raises(SettingsError, match=f"adapter.method {method}: does not train under ZeRO-3.*give --deepspeed zero2"):
+        build_adapter(store, machine, adapter_spec(method=method), base=base, examples=examples)
+
+
+def test_virtual_tokens_that_leave_no_room_for_an_example_are_refused(tmp_path: Path) -> None:
+    store = ArtifactStore(tmp_path)
+    base, examples = build_small_base(store, Machine(), InputSpec()), build_examples(store, Machine(), InputSpec())
+    spec = adapter_spec(method="prefix", prefix={"num_virtual_tokens": 49})
+    with pytest.raises(RecipeError, match="49 virtual tokens and examples of up to 16 are more than the model's 64 positions"):
+        build_adapter(store, Machine(), spec, base=base, examples=examples)
+
+
+@stage("adapter", revision=1)
+def build_small_adapter(work: Work, spec: InputSpec, base: Artifact) -> Built:
+    name = "adapter_config.json" if spec.seed == 0 else "model.safetensors"
+    (work.folder / name).write_text("{}")
+    return Built(stats={"base_content": base.content})
+
+
+def test_an_adapter_refuses_a_base_that_it_was_not_trained_on(tmp_path: Path) -> None:
+    store, blocks, tokenizer = blocks_and_tokenizer(tmp_path)
+    adapter = build_small_adapter(store, Machine(), InputSpec(), base=tokenizer)
+    assert adapted_folders(tokenizer, adapter) == (tokenizer.path, adapter.path)
+    with pytest.raises(RecipeError, match=rf"adapter/.*: trained on a base of content {tokenizer.content[:12]}, blocks/.* has"):
+        adapted_folders(blocks, adapter)
+
+
+def test_where_every_weight_was_trained_the_model_is_in_the_adapters_folder(tmp_path: Path) -> None:
+    store, _, tokenizer = blocks_and_tokenizer(tmp_path)
+    full = build_small_adapter(store, Machine(), InputSpec(seed=1), base=tokenizer)
+    assert adapted_folders(tokenizer, full) == (full.path, None)
 
 
 def test_every_keyed_field_has_another_value_here() -> None:
