@@ -1,27 +1,38 @@
-"""What a run would do, without doing it: every stage found, to be built, or not yet to be known, and why."""
+"""What a run would do, without doing it: every stage found, to be built, or not yet to be known, why, and what it will take."""
 
 import logging
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
 from flows.dag import Node
+from flows.estimate import Estimate, Given, estimate, published
 from tasks.errors import SeqmillError
 from tasks.machine import Machine
 from tasks.store import Artifact, ArtifactStore, Digest, digest_json
+from tasks.store.reason import absent, listed, name_of, nearest_to, of_kind, own_changes, reason_for
+from tasks.store.reason import differences as differences_of
+from tasks.store.records import Record, Records, record_of
 
 log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class Step:
-    """What would happen to one node. ``key`` is None where an input is not built yet."""
+    """What would happen to one node. ``key`` is None where an input is not built yet.
+
+    status: "found"; "build"; "unknown" where an input is not built, and may come out as it was. causes: the reason as what
+    is made from the artifact tells it. nearest: the artifact that ``reason`` and ``estimate`` are told against.
+    """
 
     node: Node
     key: Digest | None
-    status: str  # "found" | "build" | "unknown"
+    status: str
     reason: str
     artifact: Artifact | None
+    causes: tuple[str, ...] = ()
+    nearest: Record | None = None
+    estimate: Estimate | None = None
 
     def row(self) -> dict[str, Any]:
         """The row of ``seqmill plan --json``."""
@@ -31,62 +42,78 @@ class Step:
             "key": self.key,
             "status": self.status,
             "reason": self.reason,
+            "nearest": self.nearest.ref if self.nearest else None,
+            "estimate": self.estimate.row() if self.estimate else None,
         }
+
+    def given(self) -> Given:
+        """What is known of the artifact by those that are made from it."""
+        stats = self.artifact.stats if self.artifact else {}
+        num_bytes = self.artifact.num_bytes if self.artifact else self.estimate.num_bytes if self.estimate else None
+        train = stats.get("train")
+        num_rows = train.get("num_blocks") if isinstance(train, dict) else stats.get("num_rows")
+        return Given(num_bytes, stats.get("block_size") or getattr(self.node.spec, "block_size", None), num_rows)
 
 
 def plan(nodes: Iterable[Node], store: ArtifactStore, machine: Machine) -> list[Step]:
     """One step a node, in order. Builds nothing and takes no lock; may ask a server what its file is now."""
     steps: dict[str, Step] = {}
+    records = Records(store.root)
     for node in nodes:
-        steps[node.name] = _step(node, {name: steps[source] for name, source in node.inputs.items()}, store, machine)
+        inputs = {name: steps[source] for name, source in node.inputs.items()}
+        step = _step(node, inputs, store, machine, records)
+        if step.status != "found":
+            given = {name: other.given() for name, other in inputs.items()}
+            step = replace(step, estimate=estimate(node, step.nearest, given, records, published(node, machine)))
+        steps[node.name] = step
     return list(steps.values())
 
 
-def _step(node: Node, inputs: Mapping[str, Step], store: ArtifactStore, machine: Machine) -> Step:
-    contents = {name: step.artifact.content for name, step in inputs.items() if step.artifact}
-    if waiting := [name for name in inputs if name not in contents]:
-        return Step(node, None, "unknown", f"{_listed(waiting)} not built yet", None)
+def _step(node: Node, inputs: Mapping[str, Step], store: ArtifactStore, machine: Machine, records: Records) -> Step:
     try:
         source = node.stage.source(node.spec, store, machine)
     except SeqmillError as error:
-        return Step(node, None, "unknown", str(error), None)
-    identity = node.stage.identity(node.spec, contents, source)
+        return Step(node, None, "unknown", str(error), None, (f"{node.name}: {error}",))
+    found = {name: step.artifact for name, step in inputs.items() if step.artifact}
+    identity = node.stage.identity(node.spec, {name: artifact.content for name, artifact in found.items()}, source)
+    if len(found) < len(inputs):
+        return _waiting(node, inputs, identity, machine, records)
     key = digest_json(identity)
     artifact = store.load(node.kind, key)
-    if artifact is None:
-        return Step(node, key, "build", _why(identity, store), None)
-    if damage := store.damage(artifact):
-        return Step(node, key, "build", f"damaged: {damage}", None)
-    return Step(node, key, "found", "whole in the store", artifact)
+    if artifact and (damage := store.damage(artifact)):
+        reason = f"damaged: {damage}"
+        return Step(node, key, "build", reason, None, (f"{node.name} is {reason}",), record_of(artifact.manifest))
+    if artifact:
+        return Step(node, key, "found", "whole in the store", artifact)
+    made_from = {name: record_of(artifact.manifest) for name, artifact in found.items()}
+    url = getattr(node.spec, "url", None)
+    why = reason_for(identity, made_from, records, recipe=machine.recipe, url=url)
+    return Step(node, key, "build", why.text, None, why.causes, why.nearest)
 
 
-def _why(identity: dict[str, Any], store: ArtifactStore) -> str:
-    """The differences from the nearest artifact of the kind; the newest of those equally near."""
-    kind = identity["kind"]
-    candidates = [list(differences(artifact.manifest.identity, identity)) for artifact in store.artifacts(kind)]
-    if not candidates:
-        return f"no {kind} in the store"
-    if kind == "archive":  # a recipe has several, which have nothing to do with each other
-        return f"the store has no bytes of {_short(identity['inputs']['source'])}"
-    nearest = min(reversed(candidates), key=len)
-    return "; ".join(nearest) or "its manifest cannot be read"
+def _waiting(node: Node, inputs: Mapping[str, Step], identity: dict[str, Any], machine: Machine, records: Records) -> Step:
+    """The step of a node of which an input is not built: to be built for certain, where no artifact has all that is known."""
+    waiting = {name: step for name, step in inputs.items() if not step.artifact}
+    unknown, kinds = frozenset(waiting), {name: step.node.kind for name, step in inputs.items()}
+    nearest = nearest_to(identity, kinds, records, recipe=machine.recipe, unknown=unknown)
+    if nearest is None:
+        reason = absent(identity, records)
+        return Step(node, None, "build", reason, None, (reason,))
+    may_be_found = any(
+        all(name_of(line) in unknown for line in differences_of(record.identity, identity))
+        for record in records.of_kind(node.kind)
+    )
+    known = [line for line in differences_of(nearest.identity, identity) if name_of(line) not in unknown]
+    upstream = list(dict.fromkeys(cause for step in waiting.values() for cause in step.causes))
+    follows = f"{_verdicts(waiting)}: {listed(upstream)}"
+    causes = [*(of_kind(node.kind, line) for line in own_changes(nearest, identity)), *upstream]
+    status = "unknown" if may_be_found else "build"
+    return Step(node, None, status, "; ".join([*known, follows]), None, tuple(dict.fromkeys(causes)), nearest)
 
 
-def differences(before: Mapping[str, Any], after: Mapping[str, Any], where: str = "") -> Iterator[str]:
-    """The fields in which two identities differ, one line each: ``spec.block_size 2048 -> 1024``."""
-    for name in sorted({*before, *after}):
-        old, new = before.get(name), after.get(name)
-        path = f"{where}{name}"
-        if isinstance(old, dict) and isinstance(new, dict):
-            yield from differences(old, new, f"{path}.")
-        elif old != new:
-            yield f"{path} {_short(old)} -> {_short(new)}"
-
-
-def _listed(names: list[str]) -> str:
-    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
-
-
-def _short(value: Any) -> str:
-    text = "absent" if value is None else str(value)
-    return text if len(text) <= 20 else f"{text[:12]}…"
+def _verdicts(waiting: Mapping[str, Step]) -> str:
+    """Which inputs will be built for certain, and which may be found."""
+    certain = [name for name, step in waiting.items() if step.status == "build"]
+    others = [name for name in waiting if name not in certain]
+    told = [f"{listed(names)} {verb} be built" for names, verb in ((certain, "will"), (others, "may")) if names]
+    return ", ".join(told)

@@ -12,9 +12,13 @@ MOST_CAUSES = 4
 
 @dataclass(frozen=True)
 class Reason:
-    """What makes an artifact another than ``nearest``: a line each, and all in one. ``nearest`` None: there is none like it."""
+    """What makes an artifact another than ``nearest``: a line each, and all in one. ``nearest`` None: there is none like it.
+
+    causes: the same as it is told of what is made from the artifact: no input's digests, but what first changed upstream.
+    """
 
     changes: tuple[str, ...]
+    causes: tuple[str, ...]
     nearest: Record | None = None
 
     @property
@@ -37,10 +41,20 @@ def reason_for(
     kinds = {name: record.kind for name, record in inputs.items()}
     nearest = nearest_to(identity, kinds, records, recipe=recipe, url=url)
     if nearest is None:
-        return Reason((absent(identity, records),))
-    changes = [changed for changed in differences(nearest.identity, identity) if not changed.startswith("inputs.")]
-    changes += input_changes(nearest, identity, inputs, records)
-    return Reason(tuple(changes) or ("its manifest cannot be read",), nearest)
+        nothing = (absent(identity, records),)
+        return Reason(nothing, nothing)
+    changes = own_changes(nearest, identity)
+    causes = [of_kind(nearest.kind, change) for change in changes]
+    for line, because in input_changes(nearest, identity, inputs, records):
+        changes.append(f"{line} because {listed(because)}" if because else line)
+        causes += because or [of_kind(nearest.kind, line)]
+    unreadable = ("its manifest cannot be read",)
+    return Reason(tuple(changes) or unreadable, tuple(dict.fromkeys(causes)) or unreadable, nearest)
+
+
+def own_changes(nearest: Record, identity: Mapping[str, Any]) -> list[str]:
+    """The fields that differ, but for inputs that are artifacts."""
+    return [line for line in differences(nearest.identity, identity) if name_of(line) in ("", "source")]
 
 
 def absent(identity: Mapping[str, Any], records: Records) -> str:
@@ -81,20 +95,23 @@ def name_of(change: str) -> str:
     return path.removeprefix("inputs.") if path.startswith("inputs.") else ""
 
 
-def input_changes(nearest: Record, identity: Mapping[str, Any], inputs: Mapping[str, Record], records: Records) -> Iterator[str]:
-    """The inputs that differ, each with what changed upstream."""
+def input_changes(
+    nearest: Record, identity: Mapping[str, Any], inputs: Mapping[str, Record], records: Records
+) -> Iterator[tuple[str, list[str]]]:
+    """The inputs that differ, a line each, each with what changed upstream, as far as the store still knows."""
     for line in differences({"inputs": nearest.identity["inputs"]}, {"inputs": identity["inputs"]}):
         name = name_of(line)
+        if name == "source":
+            continue
         before, after = records.input_of(nearest, name), inputs.get(name)
-        because = list(dict.fromkeys(causes(before, after, records))) if before and after else []
-        yield f"{line} because {listed(because)}" if because else line
+        yield line, list(dict.fromkeys(upstream_causes(before, after, records))) if before and after else []
 
 
-def causes(before: Record, after: Record, records: Records) -> Iterator[str]:
+def upstream_causes(before: Record, after: Record, records: Records) -> Iterator[str]:
     """What first made ``after`` another than ``before``: fields of theirs, or of what they were made from."""
     if before.content == after.content:
         return
-    own = [line for line in differences(before.identity, after.identity) if name_of(line) in ("", "source")]
+    own = own_changes(before, after.identity)
     upstream = False
     for name in after.inputs:
         if before.inputs.get(name) == after.inputs[name]:
@@ -102,7 +119,7 @@ def causes(before: Record, after: Record, records: Records) -> Iterator[str]:
         upstream = True
         first, second = records.input_of(before, name), records.input_of(after, name)
         if first and second:
-            yield from causes(first, second, records)
+            yield from upstream_causes(first, second, records)
         else:
             yield f"{after.kind} has another {name}"
     yield from (of_kind(after.kind, line) for line in own)

@@ -1,15 +1,18 @@
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from flows.checks import check_ranks, check_space, num_parameters
 from flows.dag import ending_with, nodes_of
-from flows.plan import differences, plan
+from flows.estimate import Given, config_parameters, estimate, num_tokens, whole_seconds
+from flows.plan import plan
 from flows.recipe import load_recipe
 from flows.settings import free_bytes
 from tasks.errors import DiskSpaceError, SettingsError
 from tasks.machine import Machine, TrainingSettings
-from tasks.store import ArtifactStore
+from tasks.store import ArtifactStore, Digest
+from tasks.store.records import Record, Records, record_of
 
 TEXT = '{"text": "山高月小，水落石出。"}\n' * 40 + '{"text": "大江东去。"}\n' * 40
 
@@ -33,15 +36,94 @@ def build(recipe: Path, store: ArtifactStore) -> None:
         artifacts[node.name] = node.stage(store, Machine(), node.spec, **inputs)
 
 
-def test_of_an_empty_store_only_the_first_key_can_be_known(here: Path, tmp_path: Path) -> None:
-    assert rows(here, ArtifactStore(tmp_path / "store")) == [
+def test_of_an_empty_store_everything_is_to_be_built_and_nothing_can_be_estimated(here: Path, tmp_path: Path) -> None:
+    store = ArtifactStore(tmp_path / "store")
+    assert rows(here, store) == [
         ("archive", "build", "no archive in the store"),
-        ("documents", "unknown", "archive not built yet"),
-        ("tokenizer", "unknown", "documents not built yet"),
-        ("tokens", "unknown", "documents, tokenizer not built yet"),
-        ("blocks", "unknown", "tokens not built yet"),
+        ("documents", "build", "no documents in the store"),
+        ("tokenizer", "build", "no tokenizer in the store"),
+        ("tokens", "build", "no tokens in the store"),
+        ("blocks", "build", "no blocks in the store"),
     ]
     assert [path.name for path in (tmp_path / "store").iterdir()] == [".digests"]
+    steps = plan(nodes_of(load_recipe(str(here))), store, Machine())
+    assert [step.estimate.num_bytes if step.estimate else None for step in steps] == [len(TEXT.encode()), *[None] * 6]
+
+
+def test_what_follows_a_change_is_told_by_the_change(here: Path, tmp_path: Path) -> None:
+    store = ArtifactStore(tmp_path / "store")
+    build(here, store)
+    assert rows(here, store, {"documents.min_characters": 7})[1:] == [
+        ("documents", "build", "spec.min_characters absent -> 7"),
+        # What comes out may be what it was, and then these are found.
+        ("tokenizer", "unknown", "documents will be built: documents.min_characters absent -> 7"),
+        ("tokens", "unknown", "documents will be built, tokenizer may be built: documents.min_characters absent -> 7"),
+        ("blocks", "unknown", "tokens may be built: documents.min_characters absent -> 7"),
+    ]
+    both = rows(here, store, {"documents.min_characters": 7, "blocks.block_size": 8})[-1]
+    assert both == (
+        "blocks",
+        "build",
+        "spec.block_size 16 -> 8; tokens may be built: documents.min_characters absent -> 7",
+    )
+
+
+def test_what_an_input_made_anew_changes_is_told_by_what_changed_it(here: Path, tmp_path: Path) -> None:
+    store = ArtifactStore(tmp_path / "store")
+    build(here, store)
+    (tmp_path / "corpus.jsonl").write_text(TEXT + TEXT.replace("山", "川"))
+    archive, documents, *_ = rows(here, store)
+    assert archive[1] == "build"
+    assert archive[2].startswith("inputs.source sha256:")
+    assert documents[2].startswith("archive will be built: archive.source sha256:")
+    nodes = nodes_of(load_recipe(str(here)))
+    nodes[0].stage(store, Machine(), nodes[0].spec)
+    name, status, reason = rows(here, store)[1]
+    assert (name, status) == ("documents", "build")
+    assert reason.startswith("inputs.archive ")
+    assert " because archive.source sha256:" in reason
+
+
+def test_an_estimate_is_from_the_nearest_artifact_and_grows_with_what_is_read(here: Path, tmp_path: Path) -> None:
+    store = ArtifactStore(tmp_path / "store")
+    build(here, store)
+    before = store.resolve("tokens")
+    (tmp_path / "corpus.jsonl").write_text(TEXT * 3)
+    steps = {step.node.name: step for step in plan(nodes_of(load_recipe(str(here))), store, Machine())}
+    archive, tokens = steps["archive"].estimate, steps["tokens"].estimate
+    assert archive is not None
+    assert tokens is not None
+    assert tokens.nearest == before.ref
+    assert archive.num_bytes == 3 * len(TEXT.encode())
+    assert tokens.num_tokens == 3 * (num_tokens(record_of(before.manifest)) or 0)
+    assert tokens.seconds is not None
+    assert tokens.peak_disk_bytes >= tokens.num_bytes > 0
+    assert steps["pretrained"].estimate is None
+
+
+def test_the_seconds_of_a_build_that_found_shards_are_those_of_a_whole_one() -> None:
+    told = {"seconds": 2.0, "num_bytes_built": 10}
+    record = Record("a", Digest("k"), Digest("c"), {}, "now", {}, told, num_bytes=40, num_shards=4)
+    assert whole_seconds(record) == 8.0
+    assert whole_seconds(replace(record, produced_by={"seconds": 2.0})) == 2.0
+    assert whole_seconds(replace(record, produced_by={**told, "num_bytes_built": 0})) is None
+
+
+def test_training_is_estimated_by_rows_ids_and_parameters(here: Path) -> None:
+    config = {"hidden_size": 32, "num_hidden_layers": 1, "vocab_size": 300}
+    spec = {"global_batch_size": 2, "model": {"config": {**config, "model_type": "qwen2"}}}
+    stats = {"num_steps": 2}
+    told = {"seconds": 10.0, "peak_rss_bytes": 100, "scratch_bytes": 50, "host": "there"}
+    nearest = Record("pretrained", Digest("k"), Digest("c"), {"spec": spec, "inputs": {}}, "now", stats, told, 1000, 0)
+    given = {"blocks": Given(100, 16, 10)}
+    changes = {"pretrained.num_steps": 6, "pretrained.global_batch_size": 4, "pretrained.model.config.hidden_size": 64}
+    node = next(node for node in nodes_of(load_recipe(str(here), changes)) if node.name == "pretrained")
+    times = config_parameters({**config, "hidden_size": 64}) / config_parameters(config)
+    found = estimate(node, nearest, given, Records(here.parent / "store"))
+    assert found is not None
+    assert found.seconds == pytest.approx(10.0 * 6 * times, abs=0.1)
+    assert (found.num_bytes, found.peak_rss_bytes) == (round(1000 * times), round(100 * times))
+    assert (found.peak_disk_bytes, found.host) == (round(1050 * times), "there")
 
 
 def test_what_is_built_is_found_and_a_change_is_named(here: Path, tmp_path: Path) -> None:
@@ -63,16 +145,6 @@ def test_a_damaged_artifact_is_planned_to_be_built_with_what_is_wrong(here: Path
 def test_a_source_that_is_not_there_makes_the_plan_unknown_not_wrong(here: Path, tmp_path: Path) -> None:
     (tmp_path / "corpus.jsonl").unlink()
     assert rows(here, ArtifactStore(tmp_path / "store"))[0][1] == "unknown"
-
-
-def test_differences_are_named_by_field() -> None:
-    before = {"kind": "a", "revision": 1, "spec": {"x": 1, "y": {"z": 2}}, "inputs": {"b": "0123456789abcdef01234567"}}
-    after = {"kind": "a", "revision": 2, "spec": {"x": 1, "y": {"z": 3}}, "inputs": {"b": "f123456789abcdef01234567"}}
-    assert list(differences(before, after)) == [
-        "inputs.b 0123456789ab… -> f123456789ab…",
-        "revision 1 -> 2",
-        "spec.y.z 2 -> 3",
-    ]
 
 
 def test_too_little_disk_is_said_before_anything_starts(here: Path, tmp_path: Path) -> None:
