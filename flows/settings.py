@@ -17,6 +17,7 @@ import deepspeed_configs
 from tasks.errors import SettingsError
 from tasks.machine import Machine, Progress, TrainingSettings, quiet
 from tasks.training.deepspeed import load_deepspeed_config
+from tasks.training.monitors import check_monitors
 from tasks.training.plan import num_cores
 
 ENV_PREFIX = "SEQMILL_"
@@ -41,6 +42,7 @@ class Settings(BaseSettings):
     launcher: Literal["torchrun", "deepspeed"] = Field("torchrun", description="what starts the ranks")
     hostfile: Path | None = Field(None, description="DeepSpeed hostfile, for the deepspeed launcher")
     deepspeed: str = Field("zero2", description="a preset of deepspeed_configs/ or the path of a DeepSpeed JSON file")
+    monitors: str = Field("", description="what keeps a training run's metrics as it goes: any of jsonl,tensorboard,swanlab")
     huggingface_endpoint: str | None = Field(None, description="where the Hugging Face hub answers; absent: the public one")
     modelscope_endpoint: str | None = Field(None, description="where the ModelScope hub answers; absent: the public one")
 
@@ -58,6 +60,13 @@ class Settings(BaseSettings):
         names = ", ".join(sorted(path.stem for path in presets.glob("*.json")))
         raise SettingsError(f"deepspeed: no preset and no file {self.deepspeed!r}; presets are {names}")
 
+    @property
+    def monitor_names(self) -> tuple[str, ...]:
+        """The monitors that are asked for. Raises SettingsError for one that there is not, or that is not installed."""
+        names = tuple(filter(None, (name.strip() for name in self.monitors.split(","))))
+        check_monitors(names)
+        return names
+
     def machine(self, progress: Progress = quiet) -> Machine:
         """What the build functions are given of this machine. Raises SettingsError for a DeepSpeed file that cannot be used."""
         load_deepspeed_config(self.deepspeed_path)
@@ -72,6 +81,7 @@ class Settings(BaseSettings):
                 launcher=self.launcher,
                 hostfile=self.hostfile,
                 micro_batch_size=self.micro_batch_size,
+                monitors=self.monitor_names,
                 threads_per_rank=self.threads_per_rank,
                 stop_seconds=self.stop_seconds,
             ),
@@ -136,6 +146,11 @@ def environment(values: dict[str, str]) -> Iterator[None]:
 def prefect_api_url() -> str | None:
     """The Prefect server that the user has chosen, if any."""
     return os.environ.get("PREFECT_API_URL") or None
+
+
+def is_started_by_worker() -> bool:
+    """Whether a Prefect worker started this process for one flow run."""
+    return "PREFECT__FLOW_RUN_ID" in os.environ
 
 
 def inherited_environment() -> dict[str, str]:

@@ -63,6 +63,7 @@ class TrainingSettings:
     launcher: Literal["torchrun", "deepspeed"] = "torchrun"
     hostfile: Path | None = None
     micro_batch_size: int | None = None  # rows per device per forward; None: what divides the global batch
+    monitors: tuple[str, ...] = ()  # what keeps the ranks' reports besides the manifest: see tasks.training.monitors
     threads_per_rank: int = 1  # 2 threads beside a busy neighbor ran 7 times slower than 1
     # From SIGTERM on, for the step under way, its checkpoint and the ranks' end. Who asked mostly waits for less: Slurm,
     # Kubernetes and Prefect for 30 s, and torchrun too, where the signal went to the whole process group.

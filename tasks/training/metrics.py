@@ -4,15 +4,19 @@ Reads   metrics.jsonl   of an earlier try
 Writes  metrics.jsonl   one JSON object a report
 """
 
+import logging
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import orjson
 
 from tasks.store import write_atomically
+
+log = logging.getLogger(__name__)
 
 LN2 = math.log(2)
 
@@ -63,10 +67,32 @@ def bits_per_byte(loss: float, num_tokens: int, num_bytes: int) -> float:
     return loss / LN2 * num_tokens / num_bytes
 
 
+def in_words(row: dict[str, Any], num_steps: int) -> str:
+    """A report in a line, as the terminal, the log and the Prefect UI show it."""
+    shown = (
+        ("loss", "loss {:.4f}"),
+        ("validation_loss", "validation loss {:.4f}"),
+        ("learning_rate", "learning rate {:.3g}"),
+        ("grad_norm", "gradient norm {:.3g}"),
+        ("tokens_per_second", "{:,.0f} tokens/s"),
+        ("mfu", "MFU {:.1%}"),
+    )
+    told = [f"step {row['step']} of {num_steps}", *(form.format(row[name]) for name, form in shown if name in row)]
+    if "memory_bytes" in row:
+        told.append(f"{row['memory_bytes'] / 1e9:.2f} GB")
+    if "seconds_left" in row:
+        told.append(f"{timedelta(seconds=round(row['seconds_left']))} left")
+    return ", ".join(told)
+
+
 def follow(
-    metrics: MetricsFile, kind: str, advance: Callable[[int], None], on_metrics: Callable[[dict[str, Any]], None] | None
+    metrics: MetricsFile,
+    kind: str,
+    num_steps: int,
+    advance: Callable[[int], None],
+    heard_by: Sequence[Callable[[dict[str, Any]], None]],
 ) -> Callable[[dict[str, Any]], None]:
-    """What hears the ranks' reports: keeps them, moves the progress bar, tells the machine."""
+    """What hears the ranks' reports: keeps them, logs them, moves the progress bar, tells who listens."""
     seen = max((row["step"] for row in metrics.rows), default=0)
     advance(seen)
 
@@ -75,7 +101,8 @@ def follow(
         metrics.append(row)
         advance(row["step"] - seen)
         seen = row["step"]
-        if on_metrics:
-            on_metrics({"kind": kind, **row})
+        log.info("%s: %s", kind, in_words(row, num_steps))
+        for tell in heard_by:
+            tell(row)
 
     return hear

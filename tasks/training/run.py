@@ -5,7 +5,7 @@ Writes  a model folder into staging; plan, checkpoints and metrics into its scra
 """
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -20,6 +20,8 @@ from tasks.training.checkpoints import clear_torn, newest_checkpoint, step_of, w
 from tasks.training.deepspeed import load_deepspeed_config, zero_stage
 from tasks.training.launch import run_worker
 from tasks.training.metrics import MetricsFile, final_loss, follow, read_metrics, tokens_per_second
+from tasks.training.monitors import FOLDER as MONITORING
+from tasks.training.monitors import Run, watched
 from tasks.training.optimization import OptimizationSpec
 from tasks.training.plan import TrainingPlan, derive_batch
 from tasks.training.references import Reference, row_references
@@ -92,24 +94,37 @@ def train(work: Work, spec: OptimizationSpec, kind: str, rows: Rows, start: Star
     plan.write(plan_path)
     metrics = MetricsFile(work.scratch / METRICS_NAME, step)
     settings, num_ranks = work.machine.training, plan.batch["num_ranks"]
-    with work.machine.progress(kind, plan.num_steps, "steps") as advance:
-        heard = follow(metrics, kind, advance, work.machine.on_metrics)
-        with told_where(plan, rows):
-            run_worker(
-                WORKER,
-                plan_path,
-                num_ranks=num_ranks,
-                settings=settings,
-                on_metrics=heard,
-                label=kind,
-                stop_path=Path(plan.stop_path),
-            )
+    with (
+        work.machine.progress(kind, plan.num_steps, "steps") as advance,
+        watched(settings.monitors, _watched_run(work, kind, step)) as hear,
+        told_where(plan, rows),
+    ):
+        heard = follow(metrics, kind, plan.num_steps, advance, [hear, *_listeners(work, kind, plan.num_steps)])
+        run_worker(
+            WORKER,
+            plan_path,
+            num_ranks=num_ranks,
+            settings=settings,
+            on_metrics=heard,
+            label=kind,
+            stop_path=Path(plan.stop_path),
+        )
     outcome = _outcome(plan, metrics, step)
     log.info(
         "%s: %d steps on %d ranks, %s tokens/s, training loss %s, validation loss %s",
         kind, plan.num_steps, num_ranks, outcome.produced_by["tokens_per_second"], *map(_short, outcome.losses),
     )  # fmt: skip
     return outcome
+
+
+def _watched_run(work: Work, kind: str, step: int) -> Run:
+    key = work.folder.name
+    return Run(work.store.root / MONITORING / kind / key, f"{kind} {key[:12]}", step)
+
+
+def _listeners(work: Work, kind: str, num_steps: int) -> list[Callable[[dict[str, Any]], None]]:
+    tell = work.machine.on_metrics
+    return [lambda row: tell({"kind": kind, "of_steps": num_steps, **row})] if tell else []
 
 
 def make_plan(work: Work, spec: OptimizationSpec, kind: str, rows: Rows, start: Start) -> TrainingPlan:

@@ -3,7 +3,7 @@ from typing import Any
 
 import pytest
 
-from tasks.training.metrics import MetricsFile, bits_per_byte, final_loss, follow, read_metrics, tokens_per_second
+from tasks.training.metrics import MetricsFile, bits_per_byte, final_loss, follow, in_words, read_metrics, tokens_per_second
 
 
 def row(step: int, loss: float, num_steps: int = 5) -> dict[str, Any]:
@@ -47,11 +47,20 @@ def test_the_progress_bar_moves_by_steps_from_where_the_run_resumed(tmp_path: Pa
     metrics.append(row(10, 1.0))
     moved: list[int] = []
     told: list[dict[str, Any]] = []
-    hear = follow(metrics, "pretrained", moved.append, told.append)
+    hear = follow(metrics, "pretrained", 20, moved.append, [told.append])
     hear({"step": 15, "loss": 1.0})
     hear({"step": 15, "validation_loss": 1.0})
     assert moved == [10, 5, 0]
-    assert told[0] == {"kind": "pretrained", "step": 15, "loss": 1.0}
+    assert told[0] == {"step": 15, "loss": 1.0}
+
+
+def test_a_report_is_one_line_of_what_it_has() -> None:
+    told = {"step": 5, "loss": 2.34567, "learning_rate": 3e-4, "grad_norm": 0.5, "tokens_per_second": 12345.6, "mfu": 0.341}
+    more = {"memory_bytes": 1_230_000_000, "seconds_left": 3700.2}
+    assert in_words({**told, **more}, 20) == (
+        "step 5 of 20, loss 2.3457, learning rate 0.0003, gradient norm 0.5, 12,346 tokens/s, MFU 34.1%, 1.23 GB, 1:01:40 left"
+    )
+    assert in_words({"step": 5, "validation_loss": 2.0}, 20) == "step 5 of 20, validation loss 2.0000"
 
 
 def test_a_line_left_empty_by_a_power_cut_is_passed_over(tmp_path: Path) -> None:
