@@ -8,7 +8,7 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -25,7 +25,9 @@ from tasks.report.report import ReportSpec
 from tasks.training.adapter import AdapterSpec
 from tasks.training.evaluation import EvaluationSpec
 from tasks.training.finetuned import FinetunedSpec
+from tasks.training.gate import HARNESS, GateSpec
 from tasks.training.pretrained import PretrainedSpec
+from tasks.training.published import PublishedSpec
 
 RECIPES_DIR = Path(flows.recipes.__file__).parent
 
@@ -37,29 +39,54 @@ class Recipe(BaseModel):
 
     name: str = Field(pattern=r"^[a-z0-9][a-z0-9.-]*$", description="names the recipe in runs and reports")
     description: str = Field("", description="one line for people")
-    archive: ArchiveSpec = Field(description="the published corpus")
+    archive: ArchiveSpec | None = Field(None, description="the published corpus")
     documents: DocumentsSpec = Field(DocumentsSpec(), description="cleaning, split and shards")
-    tokenizer: TokenizerSpec = Field(description="a published tokenizer, or one trained on the documents")
+    tokenizer: TokenizerSpec | None = Field(
+        None, description="a published tokenizer, or one trained on the documents; absent: the published model's own"
+    )
     tokens: TokensSpec = Field(TokensSpec(), description="documents to ids")
     blocks: BlocksSpec = Field(BlocksSpec(), description="ids to rows of one length")
-    pretrained: PretrainedSpec | None = Field(None, description="the base model")
+    published: PublishedSpec | None = Field(None, description="a base model that is taken as it was published")
+    pretrained: PretrainedSpec | None = Field(None, description="a base model that is trained here")
     conversations: ArchiveSpec | None = Field(None, description="the published SFT conversations")
     held_out: ArchiveSpec | None = Field(None, description="conversations kept out of training, for accuracy")
     examples: ExamplesSpec | None = Field(None, description="conversations to packed ids and labels")
     finetuned: FinetunedSpec | None = Field(None, description="the instruction-tuned model")
     adapter: AdapterSpec | None = Field(None, description="the LoRA adapter")
     evaluation: EvaluationSpec | None = Field(None, description="what every model is measured on")
+    gates: dict[str, GateSpec] = Field(default_factory=dict, description="bounds that a model must keep, by the model's section")
     report: ReportSpec = Field(ReportSpec(), description="the page")
+
+    @property
+    def base(self) -> Literal["published", "pretrained"]:
+        """The section of the model that everything later stands on."""
+        return "published" if self.published else "pretrained"
+
+    @model_validator(mode="after")
+    def _begins(self) -> "Recipe":
+        if self.archive is None and self.published is None:
+            raise ValueError("archive: absent, and so is published; a recipe begins with a corpus, or with a published model")
+        if self.pretrained and self.published:
+            raise ValueError("published: the recipe has pretrained too; a base is trained here or published, leave one out")
+        if self.tokenizer is None and self.published is None:
+            raise ValueError("tokenizer: absent; it must be given where no published model brings one")
+        of_corpus = {"documents", "tokens", "blocks"} & self.model_fields_set
+        if self.archive is None and of_corpus:
+            raise ValueError(
+                f"{min(of_corpus)}: needs the section archive, which is absent; add it or leave {min(of_corpus)} out"
+            )
+        return self
 
     @model_validator(mode="after")
     def _sections_fit(self) -> "Recipe":
         needs = {
+            "pretrained": ("archive",),
             "examples": ("conversations",),
             "held_out": ("examples",),
             "conversations": ("examples",),
-            "finetuned": ("pretrained", "examples"),
+            "finetuned": (self.base, "examples"),
             "adapter": (self.adapter.base if self.adapter else "pretrained", "examples"),
-            "evaluation": ("pretrained",),
+            "evaluation": (self.base,),
         }
         for section, required in needs.items():
             for other in required:
@@ -68,10 +95,32 @@ class Recipe(BaseModel):
         return self
 
     @model_validator(mode="after")
+    def _gates_fit(self) -> "Recipe":
+        models = [name for name in (self.base, "finetuned", "adapter") if getattr(self, name)]
+        for name, gate in self.gates.items():
+            where = f"gates.{name}"
+            if name not in models:
+                raise ValueError(f"{where}: the recipe has no such model; it has {', '.join(models)}")
+            if self.evaluation is None:
+                raise ValueError(f"{where}: needs the section evaluation, which is absent; add it or leave the gate out")
+            if gate.worse_than_parent and name == self.base:
+                raise ValueError(f"{where}.worse_than_parent: {name} is made from no other model; state at_most or at_least")
+            for figure in sorted(gate.figures):
+                section = self._measured_with(figure)
+                if getattr(self, section) is None:
+                    raise ValueError(f"{where}: {figure} is measured with {section}, which is absent; add it or leave it out")
+        return self
+
+    def _measured_with(self, figure: str) -> str:
+        if figure.startswith(HARNESS):
+            return "evaluation"
+        return {"validation": "archive", "examples": "examples"}.get(figure.split("_", maxsplit=1)[0], "held_out")
+
+    @model_validator(mode="after")
     def _sizes_fit(self) -> "Recipe":
         config = (self.pretrained.model.config or {}) if self.pretrained else {}
         positions, vocabulary = config.get("max_position_embeddings"), config.get("vocab_size")
-        sizes = {"blocks.block_size": self.blocks.block_size}
+        sizes = {"blocks.block_size": self.blocks.block_size} if self.archive else {}
         if self.examples:
             sizes["examples.block_size"] = self.examples.block_size
         for where, size in sizes.items():
@@ -80,7 +129,7 @@ class Recipe(BaseModel):
                     f"{where}: {size} is over the model's {positions} positions "
                     "(pretrained.model.config.max_position_embeddings); lower the one or raise the other"
                 )
-        trained = self.tokenizer.train
+        trained = self.tokenizer.train if self.tokenizer else None
         if trained and isinstance(vocabulary, int) and trained.vocab_size > vocabulary:
             raise ValueError(
                 f"tokenizer.train.vocab_size: {trained.vocab_size} ids do not fit the model's {vocabulary} "

@@ -41,7 +41,7 @@ def run_recipe(name_or_path: str, overrides: Mapping[str, Any] | None, ends: Ite
             machine,
             node.spec,
             {name: artifacts[source] for name, source in node.inputs.items()},
-            wait_for=[states[source] for source in node.inputs.values()],
+            wait_for=[states[source] for source in (*node.inputs.values(), *node.after)],
             return_state=True,
         )
         states[node.name] = state

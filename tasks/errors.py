@@ -11,6 +11,7 @@ SeqmillError
     ├── StoreError        the store cannot be read or written, or an artifact in it is damaged
     ├── DiskSpaceError    there is less room than the work needs
     ├── WorkerError       a process started for the work failed; carries its last lines
+    ├── GateError         a model misses the bounds that its recipe states
     └── StoppedError      the work was told to stop (SIGTERM) and is kept: the same again goes on; exit code 143
 
 The message is one line: ``<where>: <what was found>; <what to do>``, lower case, no full stop.
@@ -63,6 +64,10 @@ class DiskSpaceError(WorldError):
 
 class WorkerError(WorldError):
     """A process started for the work failed."""
+
+
+class GateError(WorldError):
+    """A model misses the bounds that its recipe states."""
 
 
 class StoppedError(WorldError):

@@ -28,7 +28,9 @@ from tasks.store import Artifact, ArtifactStore, Spec, Stage
 from tasks.training.adapter import build_adapter
 from tasks.training.evaluation import build_evaluation
 from tasks.training.finetuned import build_finetuned
+from tasks.training.gate import build_gate
 from tasks.training.pretrained import build_pretrained
+from tasks.training.published import build_published
 
 log = logging.getLogger(__name__)
 
@@ -111,6 +113,7 @@ def publish_report(report: Artifact) -> None:
 
 fetch = as_task(build_archive)
 split = as_task(build_documents, publish_corpus)
+find_published = as_task(build_published)
 find_tokenizer = as_task(build_tokenizer)
 tokenize = as_task(build_tokens, publish_corpus)
 pack = as_task(build_blocks, publish_corpus)
@@ -119,11 +122,13 @@ make_examples = as_task(build_examples, publish_corpus)
 finetune = as_task(build_finetuned)
 adapt = as_task(build_adapter)
 evaluate = as_task(build_evaluation)
+check_gate = as_task(build_gate)
 report = as_task(build_report, publish_report)
 
 TASKS = {
     stage_task.name: stage_task
     for stage_task in (
-        fetch, split, find_tokenizer, tokenize, pack, pretrain, make_examples, finetune, adapt, evaluate, report,
+        fetch, split, find_published, find_tokenizer, tokenize, pack, pretrain, make_examples, finetune, adapt, evaluate,
+        check_gate, report,
     )
 }  # fmt: skip

@@ -1,6 +1,7 @@
 """The tokenizer: a published one, copied, or byte-level BPE trained on the documents.
 
 Reads   documents-shard  documents.parquet      DOCUMENTS: text (the train split, when one is trained)
+        published        a model's folder, where the tokenizer is that model's own
         source           a folder, or a model on the Hugging Face hub
 Writes  tokenizer        tokenizer.json         and, where it has them, the other TOKENIZER_FILES
 """
@@ -11,7 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import orjson
 from pydantic import Field, model_validator
@@ -35,18 +36,19 @@ HUB_ID = re.compile(r"[\w.-]+/[\w.-]+|[\w-]+")
 
 
 class TokenizerSpec(Spec):
-    """Which tokenizer: exactly one of ``source`` and ``train``."""
+    """Which tokenizer: exactly one of ``source``, ``train`` and ``of_published``."""
 
     source: str | None = unkeyed(None, description="a folder, or a model's name on the hub, that holds a tokenizer.json")
     revision: str | None = unkeyed(
         None, description="the hub's branch, tag or commit; with a commit of 40 digits nothing is asked of the hub twice"
     )
     train: TokenizerTrainingSpec | None = Field(None, description="train a tokenizer on the documents so")
+    of_published: Literal[True] | None = Field(None, description="true: the one that lies with the recipe's published model")
 
     @model_validator(mode="after")
     def _one_origin(self) -> "TokenizerSpec":
-        if (self.source is None) == (self.train is None):
-            raise ValueError("a tokenizer comes from `source` or from `train`: set exactly one of them")
+        if sum(origin is not None for origin in (self.source, self.train, self.of_published)) != 1:
+            raise ValueError("a tokenizer comes from `source`, from `train` or with a published model: set exactly one of them")
         if self.revision is not None and self.source is None:
             raise ValueError("`revision` names a commit of `source`, which is not set: leave it out")
         return self
@@ -93,11 +95,17 @@ def identify_tokenizer(spec: TokenizerSpec, store: ArtifactStore, machine: Machi
 
 
 @stage("tokenizer", revision=1, identify_source=identify_tokenizer)
-def build_tokenizer(work: Work, spec: TokenizerSpec, documents: Artifact | None = None) -> Built:
+def build_tokenizer(
+    work: Work, spec: TokenizerSpec, documents: Artifact | None = None, published: Artifact | None = None
+) -> Built:
     """Copy the published tokenizer, or train one on ``documents``."""
     if spec.train is not None:
         assert documents is not None, "training a tokenizer takes documents"
         train(work, spec.train, documents)
+    elif spec.of_published:
+        assert published is not None, "a published model's tokenizer takes published"
+        for path in _files_in(published.path):
+            shutil.copyfile(path, work.folder / path.name)
     elif folder := _folder(str(spec.source)):
         for path in _files_in(folder):
             shutil.copyfile(path, work.folder / path.name)

@@ -2,7 +2,7 @@
 
 Reads   every artifact's manifest
         evaluation.json
-        config.json of pretrained
+        config.json of pretrained or published
 """
 
 import re
@@ -19,7 +19,7 @@ from tasks.report.numbers import count, percent, whole
 from tasks.report.plots import Plot, accuracy_plot
 from tasks.report.tables import Artifacts, Table
 
-MODELS = ("pretrained", "finetuned", "adapter")
+MODELS = ("published", "pretrained", "finetuned", "adapter")
 LISTED_WRONG = 6
 PROMPT_CHARACTERS = 240
 USER_TURN = re.compile(r"<\|im_start\|>user\n(.*?)<\|im_end\|>", re.DOTALL)
@@ -82,7 +82,7 @@ def page_of(artifacts: Artifacts, title: str | None) -> Page:
     bits = bits_per_loss(blocks)
     # The loss of finetuning is measured on conversations, whose bytes nobody counted.
     trainings = tuple(
-        training_of(name, artifacts[name], bits if name == "pretrained" else None) for name in MODELS if name in artifacts
+        training_of(name, artifacts[name], bits if name == "pretrained" else None) for name in MODELS[1:] if name in artifacts
     )
     held_out = {name: told["held_out"] for name, told in evaluations.items() if told["held_out"]}
     hosts = sorted({artifact.manifest.produced_by.get("host", "") for artifact in artifacts.values()} - {""})
@@ -115,8 +115,8 @@ def read_evaluations(artifacts: Artifacts) -> dict[str, dict[str, Any]]:
 def summary(artifacts: Artifacts) -> str:
     """What was trained on what, in one line."""
     parts = []
-    if pretrained := artifacts.get("pretrained"):
-        parts.append(f"{architecture(pretrained)} with {count(pretrained.stats['num_parameters'])} parameters")
+    if base := artifacts.get("pretrained") or artifacts.get("published"):
+        parts.append(f"{architecture(base)} with {count(base.stats['num_parameters'])} parameters")
     if documents := artifacts.get("documents"):
         parts.append(f"{whole(documents.stats['num_documents'])} documents")
     if tokens := artifacts.get("tokens"):
@@ -184,7 +184,8 @@ def samples(evaluations: Mapping[str, dict[str, Any]]) -> Iterator[Sample]:
 def wrong_answers(held_out: Mapping[str, dict[str, Any]]) -> Iterator[tuple[str, Table]]:
     """The first wrong answers of every model that was taught to answer."""
     for name, told in held_out.items():
-        listed = [answer for answer in told["answers"] if not answer["is_right"]] if name != "pretrained" else []
+        is_taught = name not in ("published", "pretrained")
+        listed = [answer for answer in told["answers"] if is_taught and not answer["is_right"]]
         rows = tuple((readable(answer["prompt"]), answer["response"], _given(answer["answer"])) for answer in listed)
         if rows:
             yield name, Table(("Conversation", "Expected", "Answered"), rows[:LISTED_WRONG], num_text=3)

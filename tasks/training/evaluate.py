@@ -1,15 +1,17 @@
-"""One model, asked what a plan says: its loss on blocks, its answers to held-out conversations, its samples.
+"""One model, asked what a plan says: its loss on blocks and examples, its answers to held-out conversations, its samples.
 
-Reads   a model folder, a PEFT folder, BLOCKS, HELD_OUT
+Reads   a model folder, a PEFT folder, BLOCKS, EXAMPLES, HELD_OUT
 Writes  result.json   {"validation": {"loss", "num_blocks", "num_tokens"} | None,
-                       "held_out": [{"prompt", "response", "answer"}...] | None,
-                       "samples": [{"prompt", "is_chat", "text"}...], "seconds"}
+                       "examples": {"loss", "num_rows", "num_tokens"} | None,
+                       "held_out": [{"prompt", "response", "answer", "likely", "loss", "num_tokens"}...] | None,
+                       "harness": {"figures", "version"} | None,
+                       "samples": [{"prompt", "is_chat", "text"}...], "seconds", "decoding"}
 """
 
 import logging
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -17,12 +19,13 @@ from typing import Any
 import numpy as np
 import orjson
 import torch
-from torch.nn.functional import cross_entropy
 
 from tasks.errors import CorpusError
+from tasks.schemas import IGNORED_LABEL
 from tasks.store import write_atomically
-from tasks.training.evaluation import EvaluatorPlan, read_blocks, read_held_out
+from tasks.training.evaluation import EvaluatorPlan, labels_of, read_blocks, read_held_out
 from tasks.training.generate import LanguageModel, continue_text, greedy_answers, load_language_model
+from tasks.training.likelihood import answer_losses, summed_loss
 from tasks.training.rank import report_metrics
 
 log = logging.getLogger(__name__)
@@ -30,7 +33,6 @@ log = logging.getLogger(__name__)
 ANSWERS_PER_BATCH = 64
 # Logits of one forward, in float32; a row of 2,048 positions over a vocabulary of 151,936 takes 1.2 GB by itself.
 LOGITS_BYTES = 512 << 20
-LOSS_POSITIONS = 512  # at once through the softmax, which takes the memory of the logits twice more
 
 
 def evaluate(plan: EvaluatorPlan) -> None:
@@ -38,37 +40,69 @@ def evaluate(plan: EvaluatorPlan) -> None:
     started = time.perf_counter()
     loaded = load_language_model(Path(plan.model_dir), Path(plan.adapter_dir) if plan.adapter_dir else None, plan.spec["dtype"])
     batch_size = blocks_per_batch(plan.block_size, loaded.model.config.vocab_size)
+    blocks = read_blocks(plan.block_files, plan.num_blocks)
     result = {
-        "validation": validate(loaded.model, read_blocks(plan.block_files, plan.num_blocks), batch_size),
+        "validation": validate(loaded.model, blocks, batch_size, plan.boundary_id),
+        "examples": validate_examples(loaded.model, plan.examples_file, plan.num_examples_rows) if plan.examples_file else None,
         "held_out": held_out_answers(loaded, Path(plan.held_out_file), plan) if plan.held_out_file else None,
         "samples": list(samples(loaded, plan.spec)),
-        "seconds": round(time.perf_counter() - started, 3),
+        "harness": harness_results(loaded, plan) if plan.spec["harness"] else None,
     }
-    write_atomically(Path(plan.result_path), orjson.dumps(result))
+    seconds = round(time.perf_counter() - started, 3)
+    write_atomically(Path(plan.result_path), orjson.dumps({**result, "seconds": seconds}))
 
 
 @torch.inference_mode()
-def validate(model: Any, blocks: Iterator[np.ndarray], batch_size: int) -> dict[str, Any] | None:
-    """Mean cross-entropy, in nats, of every token of every block but its first; None where there is no block."""
+def validate(model: Any, blocks: Iterator[np.ndarray], batch_size: int, boundary_id: int | None = None) -> dict[str, Any] | None:
+    """Mean cross-entropy, in nats, of every token of every block but its first; None where there is no block.
+
+    boundary_id: closes the documents of a block, which then do not see each other; the first token of each is told by the
+    id before it all the same, as in training.
+    """
     loss_sum, num_blocks, num_tokens = 0.0, 0, 0
     while rows := list(islice(blocks, batch_size)):
-        input_ids_BT = torch.from_numpy(np.stack(rows).astype(np.int64))
+        ids_BT = np.stack(rows).astype(np.int64)
+        input_ids_BT = torch.from_numpy(ids_BT)
         _check_vocabulary(input_ids_BT, model.config.vocab_size)
-        loss_sum += summed_loss(model, input_ids_BT.to(model.device))
+        input_ids_BT = input_ids_BT.to(model.device)
+        loss_sum += summed_loss(model, input_ids_BT, input_ids_BT, _positions(ids_BT, boundary_id, model.device))
         num_blocks += len(rows)
         num_tokens += input_ids_BT[:, 1:].numel()
         _report_rows(len(rows))
     return {"loss": loss_sum / num_tokens, "num_blocks": num_blocks, "num_tokens": num_tokens} if num_blocks else None
 
 
-def summed_loss(model: Any, input_ids_BT: torch.Tensor) -> float:
-    """Cross-entropy in nats, summed over every token but the first of every row."""
-    loss_sum = 0.0
-    for logits_TV, ids_T in zip(model(input_ids=input_ids_BT, use_cache=False).logits, input_ids_BT, strict=True):
-        for start in range(0, len(ids_T) - 1, LOSS_POSITIONS):
-            targets = ids_T[start + 1 : start + 1 + LOSS_POSITIONS]
-            loss_sum += float(cross_entropy(logits_TV[start : start + len(targets)].float(), targets, reduction="sum"))
-    return loss_sum
+def _positions(ids_BT: np.ndarray, boundary_id: int | None, device: Any) -> torch.Tensor | None:
+    if boundary_id is None:
+        return None
+    from tasks.training.datasets import restarting_positions  # here, since it imports datasets: a second
+
+    return torch.from_numpy(restarting_positions(ids_BT, boundary_id)).to(device)
+
+
+@torch.inference_mode()
+def validate_examples(model: Any, file: str, num_rows: int) -> dict[str, Any]:
+    """Mean cross-entropy, in nats, of every supervised token of the first packed rows, which see their own example alone."""
+    from tasks.training.adapters.virtual import one_example_a_row
+    from tasks.training.datasets import collate, open_rows
+
+    loss_sum, num_tokens, rows = 0.0, 0, open_rows([file])
+    for number in range(num_rows):
+        batch = collate([rows[number]])
+        if hasattr(model, "num_virtual_tokens"):  # they stand in front of a row, whose first example alone sees them
+            batch = one_example_a_row(batch)
+        batch = {name: tensor.to(model.device) for name, tensor in batch.items()}
+        loss_sum += summed_loss(model, batch["input_ids"], batch["labels"], batch.get("position_ids"))
+        num_tokens += int((batch["labels"][:, 1:] != IGNORED_LABEL).sum())
+        _report_rows(1)
+    return {"loss": loss_sum / num_tokens, "num_rows": num_rows, "num_tokens": num_tokens}
+
+
+def harness_results(loaded: LanguageModel, plan: EvaluatorPlan) -> dict[str, Any]:
+    """What lm-eval finds."""
+    from tasks.training.harness_run import run_harness
+
+    return run_harness(loaded, plan.spec["harness"], plan.spec["seed"], Path(plan.result_path).parent)
 
 
 def blocks_per_batch(block_size: int, vocab_size: int) -> int:
@@ -77,7 +111,7 @@ def blocks_per_batch(block_size: int, vocab_size: int) -> int:
 
 
 def held_out_answers(loaded: LanguageModel, path: Path, plan: EvaluatorPlan) -> list[dict[str, Any]]:
-    """The greedy answer to every held-out prompt; None where the model's positions leave no room for one."""
+    """Every held-out prompt with the greedy answer to it, and with how likely its response is: see evaluation.score."""
     rows = read_held_out(path, plan.num_held_out)
     max_new_tokens = plan.spec["max_new_tokens"]
     limit = loaded.max_positions or sys.maxsize
@@ -85,14 +119,48 @@ def held_out_answers(loaded: LanguageModel, path: Path, plan: EvaluatorPlan) -> 
     _report_rows(len(rows) - len(fitting))
     prompts = [row["prompt_ids"] for row in fitting]
     answers = iter(greedy_answers(loaded, prompts, max_new_tokens, ANSWERS_PER_BATCH, _report_rows))
+    likelihoods = response_likelihoods(loaded, rows, plan.end_marker)
     return [
         {
             "prompt": loaded.decode(row["prompt_ids"], special=True),
             "response": row["response"],
             "answer": loaded.decode(next(answers)).strip() if len(row["prompt_ids"]) + max_new_tokens <= limit else None,
+            **likelihood,
         }
-        for row in rows
+        for row, likelihood in zip(rows, likelihoods, strict=True)
     ]
+
+
+def response_likelihoods(loaded: LanguageModel, rows: Sequence[dict[str, Any]], end_marker: int | None) -> list[dict[str, Any]]:
+    """For every row {"likely", "loss", "num_tokens"}: the likeliest label, and the response's own loss.
+
+    Where the responses are few and so labels, all of them are tried behind each prompt; else only the row's own.
+    """
+    labels = labels_of(row["response"] for row in rows)
+    tried = [labels or [row["response"].strip()] for row in rows]
+    ids = {text: encoded_answer(loaded, text, end_marker) for texts in tried for text in texts}
+    pairs = [(number, text) for number, row in enumerate(rows) for text in tried[number] if _has_room(loaded, row, ids[text])]
+    prompts = [rows[number]["prompt_ids"] for number, _ in pairs]
+    found = answer_losses(loaded.model, prompts, [ids[text] for _, text in pairs], ANSWERS_PER_BATCH)
+    losses: list[dict[str, float]] = [{} for _ in rows]
+    for (number, text), loss in zip(pairs, found, strict=True):
+        losses[number][text] = loss
+    told = []
+    for row, of in zip(rows, losses, strict=True):
+        response = row["response"].strip()
+        likely = min(of, key=lambda text: of[text]) if labels and of else None
+        told.append({"likely": likely, "loss": of.get(response, 0.0), "num_tokens": len(ids[response]) if response in of else 0})
+    return told
+
+
+def encoded_answer(loaded: LanguageModel, text: str, end_marker: int | None) -> list[int]:
+    """The ids of an answer, its end marker included."""
+    ids = list(loaded.tokenizer.encode(text, add_special_tokens=False))
+    return ids if end_marker is None else [*ids, end_marker]
+
+
+def _has_room(loaded: LanguageModel, row: dict[str, Any], answer: Sequence[int]) -> bool:
+    return bool(answer) and len(row["prompt_ids"]) + len(answer) <= (loaded.max_positions or sys.maxsize)
 
 
 def samples(loaded: LanguageModel, spec: dict[str, Any]) -> Iterator[dict[str, Any]]:

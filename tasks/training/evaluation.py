@@ -1,16 +1,17 @@
-"""A model to its evaluation: validation loss, accuracy on held-out conversations, samples.
+"""A model to its evaluation: validation loss, loss and accuracy on held-out conversations, tasks of the harness, samples.
 
-Reads   pretrained | finetuned   a Hugging Face model folder
+Reads   published | pretrained | finetuned   a Hugging Face model folder
         adapter                  a PEFT folder on that model, optional
         blocks                   BLOCKS of the validation split, optional
-        examples                 HELD_OUT, optional
-Writes  evaluation.json          validation, held_out, samples: see ``evaluation_of``
+        examples                 EXAMPLES of the split validation and HELD_OUT, optional
+        source                   a folder of lm-eval task files, where the spec names one
+Writes  evaluation.json          validation, examples, held_out, harness, samples: see ``evaluation_of``
 """
 
 import logging
 import os
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from math import log as ln
 from math import sqrt
@@ -22,8 +23,11 @@ import orjson
 import pyarrow as pa
 from pydantic import Field
 
+from tasks.machine import Machine
 from tasks.schemas import as_ids
-from tasks.store import Artifact, Built, Spec, Work, stage
+from tasks.store import Artifact, ArtifactStore, Built, Spec, Work, stage
+from tasks.training.adapter import adapted_folders
+from tasks.training.harness import HarnessSpec, identify_tasks
 from tasks.training.launch import run_worker
 
 log = logging.getLogger(__name__)
@@ -48,10 +52,16 @@ class EvaluationSpec(Spec):
     temperature: float = Field(0.8, ge=0, description="of the samples; 0 takes the likeliest token every time")
     top_p: float = Field(0.95, gt=0, le=1, description="share of the probability that samples draw from")
     seed: int = Field(0, ge=0, description="of the samples, the same for each of them")
-    max_validation_blocks: int | None = Field(None, ge=1, description="blocks of the validation split; absent: all of them")
+    max_validation_blocks: int | None = Field(
+        None, ge=1, description="blocks of the validation split, and rows of its examples; absent: all of them"
+    )
     max_held_out: int | None = Field(None, ge=1, description="held-out conversations, the first ones; absent: all of them")
     max_new_tokens: int = Field(32, ge=1, description="length of a held-out answer, in tokens, its end marker included")
     dtype: Literal["float32", "bfloat16"] = Field("float32", description="number format of the computation")
+    document_attention: Literal["across", "within"] | None = Field(
+        None, description="whether a token of a block sees the documents before its own; absent: as the base was pretrained"
+    )
+    harness: HarnessSpec | None = Field(None, description="tasks of lm-eval")
 
 
 @dataclass(frozen=True)
@@ -65,11 +75,20 @@ class EvaluatorPlan:
     block_size: int
     held_out_file: str | None
     num_held_out: int
+    boundary_id: int | None  # closes the documents of a block that are not to see each other
+    examples_file: str | None
+    num_examples_rows: int
+    end_marker: int | None  # what closes an answer
     spec: dict[str, Any]
     result_path: str
 
 
-@stage("evaluation", revision=1)
+def identify_source(spec: EvaluationSpec, store: ArtifactStore, machine: Machine) -> str | None:
+    """The files of the harness's tasks, by content."""
+    return identify_tasks(spec.harness, store)
+
+
+@stage("evaluation", revision=2, identify_source=identify_source)
 def build_evaluation(
     work: Work,
     spec: EvaluationSpec,
@@ -85,7 +104,7 @@ def build_evaluation(
     plan_path.write_bytes(orjson.dumps(asdict(plan)))
     # One process on this host with every core: it runs alone, whatever the training's launcher is.
     settings = replace(work.machine.training, launcher="torchrun", hostfile=None, threads_per_rank=len(os.sched_getaffinity(0)))
-    total = plan.num_blocks + plan.num_held_out + len(spec.prompts) + len(spec.chat_prompts)
+    total = plan.num_blocks + plan.num_examples_rows + plan.num_held_out + len(spec.prompts) + len(spec.chat_prompts)
     with work.machine.progress("evaluation", total, "rows") as advance:
         run_worker(
             "tasks.training.evaluator",
@@ -98,7 +117,10 @@ def build_evaluation(
     result = orjson.loads(Path(plan.result_path).read_bytes())
     evaluation = evaluation_of(result, blocks.stats["validation"] if blocks else {})
     (work.folder / "evaluation.json").write_bytes(orjson.dumps(evaluation, option=orjson.OPT_INDENT_2))
-    return Built(stats=stats_of(evaluation), produced_by={"evaluator_seconds": result["seconds"]})
+    told = {"evaluator_seconds": result["seconds"], "decoding": result["decoding"]}
+    if result["harness"]:
+        told["lm_eval"] = result["harness"]["version"]
+    return Built(stats=stats_of(evaluation), produced_by=told)
 
 
 def evaluator_plan(
@@ -111,15 +133,22 @@ def evaluator_plan(
     examples: Artifact | None,
 ) -> EvaluatorPlan:
     """The plan of one evaluation; its result goes to ``folder``."""
-    held_out = examples.file("held-out.arrow") if examples and examples.has_file("held-out.arrow") else None
+    model_dir, adapter_dir = adapted_folders(model, adapter) if adapter else (model.path, None)
+    held_out, rows = (_file(examples, name) for name in ("held-out.arrow", "validation.arrow"))
+    # Several where the template closes a call of a tool otherwise; that of a plain answer stands first.
+    end_markers = examples.stats.get("end_markers", {}) if examples else {}
     return EvaluatorPlan(
-        model_dir=str(model.path),
-        adapter_dir=str(adapter.path) if adapter else None,
+        model_dir=str(model_dir),
+        adapter_dir=str(adapter_dir) if adapter_dir else None,
         block_files=[str(path) for path in validation_files(blocks)] if blocks else [],
         num_blocks=_least(blocks.stats["validation"]["num_blocks"] if blocks else 0, spec.max_validation_blocks),
         block_size=blocks.stats["block_size"] if blocks else 1,
         held_out_file=str(held_out) if held_out else None,
         num_held_out=_least(count_rows(held_out) if held_out else 0, spec.max_held_out),
+        boundary_id=blocks.stats["end_of_document_id"] if blocks and spec.document_attention == "within" else None,
+        examples_file=str(rows) if rows else None,
+        num_examples_rows=_least(count_rows(rows) if rows else 0, spec.max_validation_blocks),
+        end_marker=next(iter(end_markers.values()), None),
         spec=spec.model_dump(mode="json"),
         result_path=str(folder / "result.json"),
     )
@@ -166,15 +195,17 @@ def count_rows(path: Path) -> int:
 def evaluation_of(result: dict[str, Any], split: dict[str, int]) -> dict[str, Any]:
     """What evaluation.json holds, from the evaluator's result.
 
-    split: the validation counts of the blocks' stats. ``validation`` and ``held_out`` are None where nothing was read.
+    split: the validation counts of the blocks' stats. A section is None where nothing was read.
     """
-    validation = result["validation"]
+    validation, examples = result["validation"], result["examples"]
     if validation:
         loss = round(validation["loss"], LOSS_DIGITS)
         validation = {**validation, "loss": loss, "bits_per_byte": bits_per_byte(loss, split["num_tokens"], split["num_bytes"])}
     return {
         "validation": validation,
+        "examples": examples and {**examples, "loss": round(examples["loss"], LOSS_DIGITS)},
         "held_out": score(result["held_out"]) if result["held_out"] else None,
+        "harness": result["harness"]["figures"] if result["harness"] else None,
         "samples": result["samples"],
     }
 
@@ -185,9 +216,11 @@ def bits_per_byte(loss: float, num_tokens: int, num_bytes: int) -> float:
 
 
 def score(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Accuracy by exact match, beside always giving the commonest response.
+    """Accuracy by exact match, beside always giving the commonest response; and what the responses' likelihoods tell.
 
-    rows: {"prompt", "response", "answer"}; an answer of None: the prompt left no room for one, which counts as wrong.
+    rows: {"prompt", "response", "answer", "likely", "loss", "num_tokens"}: what was said; of few labels the likeliest,
+    None where the question is an open one; the response's summed loss in nats, over so many tokens. An answer of None: the
+    prompt left no room for one, which counts as wrong.
     """
     right = [row["answer"] == row["response"].strip() for row in rows]
     responses = Counter(row["response"].strip() for row in rows)
@@ -198,12 +231,33 @@ def score(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
         "num_right": sum(right),
         "num_without_room": sum(row["answer"] is None for row in rows),
         "accuracy": round(sum(right) / len(rows), 6),
+        "label_accuracy": label_accuracy(rows),
+        "loss": mean_loss(rows),
         "interval": wilson(sum(right), len(rows)),
         "majority_response": majority,
         "majority_share": round(num_majority / len(rows), 6),
         "confusion": confusion(rows, sorted(responses)) if len(responses) <= MAX_CONFUSION else None,
         "answers": _listed(rows, right),
     }
+
+
+def label_accuracy(rows: Sequence[dict[str, Any]]) -> float | None:
+    """How often the right one of few labels is the likeliest; None for open questions, which have no labels."""
+    if not any(row["likely"] is not None for row in rows):
+        return None
+    return round(sum(row["likely"] == row["response"].strip() for row in rows) / len(rows), 6)
+
+
+def mean_loss(rows: Sequence[dict[str, Any]]) -> float | None:
+    """Nats a token of the responses, their end marker included; None where no prompt left room for one."""
+    num_tokens = sum(row["num_tokens"] for row in rows)
+    return round(float(sum(row["loss"] for row in rows)) / num_tokens, LOSS_DIGITS) if num_tokens else None
+
+
+def labels_of(responses: Iterable[str]) -> list[str]:
+    """The distinct responses where they are few enough to be labels; else none."""
+    distinct = sorted({response.strip() for response in responses})
+    return distinct if 1 < len(distinct) <= MAX_CONFUSION else []
 
 
 def confusion(rows: Sequence[dict[str, Any]], responses: Sequence[str]) -> dict[str, dict[str, int]]:
@@ -225,20 +279,31 @@ def wilson(num_right: int, num_rows: int) -> tuple[float, float]:
 
 def stats_of(evaluation: dict[str, Any]) -> dict[str, Any]:
     """The figures that the manifest tells; those that were not measured are absent."""
-    validation, held_out = evaluation["validation"], evaluation["held_out"]
+    validation, held_out, harness = evaluation["validation"], evaluation["held_out"], evaluation["harness"]
     stats: dict[str, Any] = {"num_samples": len(evaluation["samples"])}
     if validation:
         stats |= {"validation_loss": validation["loss"], "validation_bits_per_byte": validation["bits_per_byte"]}
+    if examples := evaluation["examples"]:
+        stats |= {"examples_loss": examples["loss"]}
     if held_out:
         stats |= {"held_out_accuracy": held_out["accuracy"], "num_held_out": held_out["num_rows"]}
         stats |= {"majority_share": held_out["majority_share"]}
-    return stats
+        measured = {"label_accuracy": held_out["label_accuracy"], "held_out_loss": held_out["loss"]}
+        stats |= {name: value for name, value in measured.items() if value is not None}
+    return {**stats, "harness": harness} if harness else stats
 
 
 def _listed(rows: Sequence[dict[str, Any]], right: Sequence[bool]) -> list[dict[str, Any]]:
     wrong_rows = [number for number, is_right in enumerate(right) if not is_right][:LISTED_WRONG]
     right_rows = [number for number, is_right in enumerate(right) if is_right][:LISTED_RIGHT]
-    return [{**rows[number], "is_right": right[number]} for number in sorted(wrong_rows + right_rows)]
+    told = ("prompt", "response", "answer")
+    return [
+        {**{name: rows[number][name] for name in told}, "is_right": right[number]} for number in sorted(wrong_rows + right_rows)
+    ]
+
+
+def _file(artifact: Artifact | None, name: str) -> Path | None:
+    return artifact.file(name) if artifact and artifact.has_file(name) else None
 
 
 def _least(count: int, limit: int | None) -> int:

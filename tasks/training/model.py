@@ -3,7 +3,7 @@
 Reads   config.json, *.safetensors    of a local folder, or of a Hugging Face repository at one commit
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal, Self
@@ -68,8 +68,11 @@ def hub_commit(name: str, revision: str, machine: Machine) -> str:
     return str(commit)
 
 
-def fetch_weights(model: ModelSpec, source: str, machine: Machine, scratch: Path) -> Path:
-    """The folder of the published weights, fetched at commit ``source`` where it is not a local one."""
+def fetch_weights(model: ModelSpec, source: str, machine: Machine, scratch: Path, patterns: Sequence[str] = WEIGHT_FILES) -> Path:
+    """The folder of the published weights, fetched at commit ``source`` where it is not a local one.
+
+    patterns: of the files that are fetched.
+    """
     assert model.weights
     folder = Path(model.weights).expanduser()
     if folder.is_dir():
@@ -83,7 +86,7 @@ def fetch_weights(model: ModelSpec, source: str, machine: Machine, scratch: Path
             revision=source,
             endpoint=machine.endpoints.get("huggingface"),
             local_dir=target,
-            allow_patterns=list(WEIGHT_FILES),
+            allow_patterns=list(patterns),
         )
     weight_files(target)
     return target

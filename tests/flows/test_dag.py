@@ -10,7 +10,7 @@ from tasks.errors import RecipeError
 def test_the_demo_goes_from_archive_to_report_in_data_order() -> None:
     assert [node.name for node in nodes_of(load_recipe("demo"))] == [
         "archive", "documents", "tokenizer", "tokens", "blocks", "pretrained", "conversations", "held_out", "examples",
-        "finetuned", "adapter", "evaluation_pretrained", "evaluation_finetuned", "evaluation_adapter", "report",
+        "evaluation_pretrained", "finetuned", "evaluation_finetuned", "adapter", "evaluation_adapter", "report",
     ]  # fmt: skip
 
 
@@ -32,6 +32,58 @@ def test_an_adapter_takes_the_base_that_the_recipe_names() -> None:
         nodes = {node.name: node for node in nodes_of(load_recipe("demo", {"adapter.base": base}))}
         assert nodes["adapter"].inputs["base"] == base
         assert nodes["evaluation_adapter"].inputs["model"] == base
+
+
+GATES = {"gates.pretrained.at_most.validation_loss": 5.0, "gates.adapter.worse_than_parent.held_out_accuracy": 0.1}
+
+
+def test_what_stands_on_a_model_waits_for_its_gate_and_takes_nothing_from_it() -> None:
+    nodes = {node.name: node for node in nodes_of(load_recipe("demo", GATES))}
+    assert nodes["finetuned"].after == ("gate_pretrained",)
+    assert dict(nodes["finetuned"].inputs) == {"base": "pretrained", "examples": "examples"}
+    assert nodes["adapter"].after == ()  # finetuned, its base, has no gate; and stands behind that of pretrained
+    assert dict(nodes["gate_pretrained"].inputs) == {"evaluation": "evaluation_pretrained"}
+    assert dict(nodes["gate_adapter"].inputs) == {"evaluation": "evaluation_adapter", "parent": "evaluation_finetuned"}
+    assert nodes["report"].after == ("gate_pretrained", "gate_adapter")
+    assert "gate_adapter" not in nodes["report"].inputs
+
+
+def test_a_run_that_ends_at_a_model_ends_with_its_gate() -> None:
+    nodes = nodes_of(load_recipe("demo", GATES))
+    assert [node.name for node in ending_with(nodes, ["adapter"])] == [
+        "archive", "documents", "tokenizer", "tokens", "blocks", "pretrained", "conversations", "held_out", "examples",
+        "evaluation_pretrained", "gate_pretrained", "finetuned", "evaluation_finetuned", "adapter", "evaluation_adapter",
+        "gate_adapter",
+    ]  # fmt: skip
+
+
+PUBLISHED = """
+name: published
+published: {weights: somewhere}
+conversations: {url: conversations.jsonl}
+examples: {block_size: 64}
+adapter: {base: published, global_batch_size: 2, num_steps: 2, learning_rate: 1e-3}
+evaluation: {}
+"""
+
+
+def test_a_recipe_may_begin_with_a_published_model_and_have_no_corpus(tmp_path: Path) -> None:
+    path = tmp_path / "published.yaml"
+    path.write_text(PUBLISHED)
+    nodes = {node.name: node for node in nodes_of(load_recipe(str(path)))}
+    assert list(nodes) == [
+        "published", "tokenizer", "conversations", "examples", "evaluation_published", "adapter", "evaluation_adapter", "report",
+    ]  # fmt: skip
+    assert dict(nodes["tokenizer"].inputs) == {"published": "published"}
+    assert dict(nodes["adapter"].inputs) == {"base": "published", "examples": "examples"}
+    assert dict(nodes["evaluation_adapter"].inputs) == {"model": "published", "adapter": "adapter", "examples": "examples"}
+
+
+def test_blocks_are_measured_as_the_base_was_taught_to_read_them() -> None:
+    within = nodes_of(load_recipe("demo", {"pretrained.document_attention": "within"}))
+    assert [node.spec.document_attention for node in within if node.kind == "evaluation"] == ["within"] * 3  # type: ignore[attr-defined]
+    said = nodes_of(load_recipe("demo", {"pretrained.document_attention": "within", "evaluation.document_attention": "across"}))
+    assert [node.spec.document_attention for node in said if node.kind == "evaluation"] == ["across"] * 3  # type: ignore[attr-defined]
 
 
 def test_a_run_that_ends_early_takes_only_what_its_end_stands_on() -> None:

@@ -22,6 +22,7 @@ def test_the_full_recipe_has_the_fields_numbers_with_their_defects_mended() -> N
     assert pretrained
     assert adapter
     assert pretrained.model.config
+    assert recipe.archive
     assert recipe.archive.md5 == "ffacae345d22ab4f1464221d8ecf92c6"
     assert pretrained.global_batch_size * recipe.blocks.block_size == 262_144
     assert (pretrained.learning_rate, pretrained.warmup_steps, pretrained.seed, pretrained.precision) == (1e-4, 200, 12, "bf16")
@@ -50,7 +51,23 @@ def test_numbers_are_read_as_people_write_them(minimal: Path) -> None:
         ({"blocks.block_size": True}, r"blocks.block_size: found True; input should be a valid integer"),
         ({"blocks.block_size": 128}, r"blocks.block_size: 128 is over the model's 64 positions .*; lower the one or raise"),
         ({"tokenizer.train.vocab_size": 400}, r"tokenizer.train.vocab_size: 400 ids do not fit the model's 300 .*; lower"),
-        ({"archive": None}, r"archive: found None; .*"),
+        ({"archive": None}, r"archive: absent, and so is published; a recipe begins with a corpus, or with a published model"),
+        ({"published": {"weights": "x/y"}}, r"published: the recipe has pretrained too; .*, leave one out"),
+        ({"tokenizer": None}, r"tokenizer: absent; it must be given where no published model brings one"),
+        ({"gates.adapter.at_most.validation_loss": 1}, r"gates.adapter: the recipe has no such model; it has pretrained"),
+        ({"gates.pretrained.at_most.validation_loss": 1}, r"gates.pretrained: needs the section evaluation, .*"),
+        (
+            {"evaluation": {}, "gates.pretrained.at_most.los": 1},
+            r"gates.pretrained: los: no such figure; there are validation_.*",
+        ),
+        (
+            {"evaluation": {}, "gates.pretrained.at_least.held_out_accuracy": 1},
+            r".*held_out_accuracy is measured with held_out, .*",
+        ),
+        (
+            {"evaluation": {}, "gates.pretrained.worse_than_parent.validation_loss": 1},
+            r".*pretrained is made from no other model.*",
+        ),
         ({"pretrained.num_epochs": 1}, r"pretrained: num_steps is 2, num_epochs is 1.0; give exactly one of them"),
         ({"name": "a b"}, r"name: found 'a b'; string should match pattern"),
         ({"held_out": {"url": "x"}}, r"held_out: needs the section examples, which is absent; add it or leave held_out out"),

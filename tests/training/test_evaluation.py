@@ -12,16 +12,20 @@ from tasks.training.evaluation import (
     bits_per_byte,
     count_rows,
     evaluation_of,
+    label_accuracy,
+    labels_of,
+    mean_loss,
     read_blocks,
     read_held_out,
     score,
     stats_of,
     wilson,
 )
+from tasks.training.harness import HarnessSpec
 
 
 def row(response: str, answer: str | None) -> dict[str, Any]:
-    return {"prompt": "?", "response": response, "answer": answer}
+    return {"prompt": "?", "response": response, "answer": answer, "likely": None, "loss": 0.5, "num_tokens": 2}
 
 
 def write_stream(path: Path, schema: pa.Schema, batches: list[list[dict[str, Any]]]) -> Path:
@@ -79,14 +83,17 @@ def test_bits_per_byte_is_the_loss_over_the_texts_bytes() -> None:
 
 
 def test_evaluation_holds_none_for_what_was_not_measured() -> None:
-    evaluation = evaluation_of({"validation": None, "held_out": None, "samples": []}, {})
-    assert evaluation == {"validation": None, "held_out": None, "samples": []}
+    nothing = {"validation": None, "examples": None, "held_out": None, "harness": None, "samples": []}
+    evaluation = evaluation_of(nothing, {})
+    assert evaluation == nothing
     assert stats_of(evaluation) == {"num_samples": 0}
 
 
 def test_stats_tell_the_figures() -> None:
     validation = {"loss": 0.69314718, "num_blocks": 1, "num_tokens": 7}
-    result = {"validation": validation, "held_out": ROWS, "samples": []}
+    examples = {"loss": 1.5000004, "num_rows": 1, "num_tokens": 3}
+    harness = {"figures": {"ceval.acc": 0.25}, "version": "0"}
+    result = {"validation": validation, "examples": examples, "held_out": ROWS, "harness": harness, "samples": []}
     stats = stats_of(evaluation_of(result, {"num_tokens": 300, "num_bytes": 600}))
     assert stats == {
         "num_samples": 0,
@@ -95,7 +102,28 @@ def test_stats_tell_the_figures() -> None:
         "held_out_accuracy": 0.4,
         "num_held_out": 5,
         "majority_share": 0.6,
+        "held_out_loss": 0.25,
+        "examples_loss": 1.5,
+        "harness": {"ceval.acc": 0.25},
     }
+
+
+def test_accuracy_by_labels_counts_the_likeliest_and_is_absent_for_open_questions() -> None:
+    labelled = [{**row("good", "?"), "likely": "good"}, {**row("bad", "?"), "likely": "good"}, row("bad", "?")]
+    assert label_accuracy(labelled) == pytest.approx(1 / 3, abs=1e-6)
+    assert label_accuracy(ROWS) is None
+
+
+def test_the_loss_of_responses_is_a_mean_over_their_tokens() -> None:
+    rows = [{**row("a", "a"), "loss": 6.0, "num_tokens": 3}, {**row("b", "b"), "loss": 0.0, "num_tokens": 1}]
+    assert mean_loss(rows) == 1.5
+    assert mean_loss([{**row("a", None), "num_tokens": 0}]) is None
+
+
+def test_few_distinct_responses_are_labels_and_many_are_not() -> None:
+    assert labels_of(["good", "bad ", "good"]) == ["bad", "good"]
+    assert labels_of(["good", "good"]) == []
+    assert labels_of(str(number) for number in range(21)) == []
 
 
 def test_blocks_are_read_across_files_and_batches_up_to_a_number(tmp_path: Path) -> None:
@@ -125,6 +153,8 @@ def test_every_field_changes_the_key() -> None:
         "max_held_out": 1,
         "max_new_tokens": 1,
         "dtype": "bfloat16",
+        "document_attention": "within",
+        "harness": HarnessSpec(folder="x", tasks=("a",)),
     }
     assert set(changed) == set(EvaluationSpec.model_fields)
     plain = EvaluationSpec().identity()

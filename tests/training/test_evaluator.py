@@ -1,5 +1,6 @@
 """The evaluator on a tiny model, and the stage around it through the real store and launcher."""
 
+import itertools
 from pathlib import Path
 
 import numpy as np
@@ -10,12 +11,13 @@ import torch
 
 from tasks.errors import CorpusError
 from tasks.machine import Machine
-from tasks.schemas import HELD_OUT, blocks_schema
+from tasks.schemas import HELD_OUT, IGNORED_LABEL, blocks_schema, examples_schema
 from tasks.store import Artifact, ArtifactStore, Built, Spec, Work, shard_entry, stage
-from tasks.training.evaluate import blocks_per_batch, validate
+from tasks.training.evaluate import blocks_per_batch, response_likelihoods, validate, validate_examples
 from tasks.training.evaluation import EvaluationSpec, build_evaluation
 from tasks.training.generate import load_language_model
-from tests.training.tiny import VOCAB_SIZE, save_tiny_adapter, save_tiny_model
+from tasks.training.likelihood import answer_losses
+from tests.training.tiny import END_ID, VOCAB_SIZE, save_tiny_adapter, save_tiny_model
 
 BLOCK_SIZE = 16
 
@@ -111,6 +113,78 @@ def test_validation_loss_is_the_mean_cross_entropy_by_hand(inputs: dict[str, Art
     assert result is not None
     assert result["loss"] == pytest.approx(sum(by_hand) / (3 * (BLOCK_SIZE - 1)), rel=1e-5)
     assert (result["num_blocks"], result["num_tokens"]) == (3, 45)
+
+
+def test_documents_that_do_not_see_each_other_are_measured_as_each_by_itself(inputs: dict[str, Artifact]) -> None:
+    loaded = load_language_model(inputs["model"].path)
+    documents = [(5, 9, 7, END_ID), (8, 8, END_ID), (1, 2, 3, 4, 5, 6, 7, 8, 9)]
+    block = np.array([id_ for document in documents for id_ in document], dtype=np.int32)
+    with torch.inference_mode():
+        by_hand = sum(cross_entropy_by_hand(loaded.model(torch.tensor([ids])).logits[0].numpy(), ids) for ids in documents)
+        for before, document in itertools.pairwise(documents):  # the first id of a document is told by the end of the one before
+            logits = loaded.model(torch.tensor([before])).logits[0, -1:].numpy()
+            by_hand += cross_entropy_by_hand(logits, (0, document[0]))
+    within = validate(loaded.model, iter([block]), 1, END_ID)
+    across = validate(loaded.model, iter([block]), 1)
+    assert within is not None
+    assert across is not None
+    assert within["loss"] == pytest.approx(by_hand / (BLOCK_SIZE - 1), rel=1e-5)
+    assert abs(across["loss"] - within["loss"]) > 1e-3
+
+
+def test_an_answers_loss_is_that_of_its_ids_behind_its_prompt_whatever_stands_beside_it(inputs: dict[str, Artifact]) -> None:
+    loaded = load_language_model(inputs["model"].path)
+    prompts, answers = [[1, 2, 3], [4], [9, 9, 9, 9, 9, 9]], [[7], [5, 6, 258], [8, 258]]
+    with torch.inference_mode():
+        by_hand = [
+            cross_entropy_by_hand(
+                loaded.model(torch.tensor([[*prompt, *answer]])).logits[0, len(prompt) - 1 :].numpy(), (0, *answer)
+            )
+            for prompt, answer in zip(prompts, answers, strict=True)
+        ]
+    assert answer_losses(loaded.model, prompts, answers, batch_size=3) == pytest.approx(by_hand, rel=1e-5)
+    assert answer_losses(loaded.model, prompts, answers, batch_size=1) == pytest.approx(by_hand, rel=1e-5)
+
+
+def test_of_few_labels_the_likeliest_is_told_and_of_open_questions_none(inputs: dict[str, Artifact]) -> None:
+    loaded = load_language_model(inputs["model"].path)
+    rows = [{"prompt_ids": [1, 2], "response": "ab"}, {"prompt_ids": [3], "response": "c"}]
+    told = response_likelihoods(loaded, rows, 258)
+    for row, likelihood in zip(rows, told, strict=True):
+        losses = {text: answer_losses(loaded.model, [row["prompt_ids"]], [[*text.encode(), 258]], 1)[0] for text in ("ab", "c")}
+        assert likelihood["likely"] == min(losses, key=lambda text: losses[text])
+        assert likelihood["loss"] == pytest.approx(losses[row["response"]], rel=1e-5)
+        assert likelihood["num_tokens"] == len(row["response"]) + 1
+    assert response_likelihoods(loaded, rows[:1], 258)[0]["likely"] is None
+
+
+def test_a_prompt_that_leaves_no_room_has_no_likeliest_label_and_no_loss(inputs: dict[str, Artifact]) -> None:
+    loaded = load_language_model(inputs["model"].path)
+    rows = [{"prompt_ids": [1] * 64, "response": "a"}, {"prompt_ids": [3], "response": "b"}]
+    assert response_likelihoods(loaded, rows, 258)[0] == {"likely": None, "loss": 0.0, "num_tokens": 0}
+
+
+def test_packed_examples_are_measured_by_their_supervised_tokens_each_example_by_itself(
+    inputs: dict[str, Artifact], tmp_path: Path
+) -> None:
+    loaded = load_language_model(inputs["model"].path)
+    examples = [([1, 2, 3, 4], 2), ([9, 8, 7, 6, 5], 3)]  # ids; where the answer begins
+    padding = BLOCK_SIZE - 9
+    row = {
+        "input_ids": [id_ for ids, _ in examples for id_ in ids] + [END_ID] * padding,
+        "labels": [id_ if at >= begin else IGNORED_LABEL for ids, begin in examples for at, id_ in enumerate(ids)]
+        + [IGNORED_LABEL] * padding,
+        "position_ids": [*range(4), *range(5), *range(padding)],
+    }
+    path, schema = tmp_path / "validation.arrow", examples_schema(BLOCK_SIZE)
+    with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_stream(sink, schema) as writer:
+        writer.write_batch(pa.RecordBatch.from_pylist([row], schema=schema))
+    by_hand = sum(
+        answer_losses(loaded.model, [ids[:begin] for ids, begin in examples], [ids[begin:] for ids, begin in examples], 1)
+    )
+    told = validate_examples(loaded.model, str(path), 1)
+    assert (told["num_rows"], told["num_tokens"]) == (1, 4)
+    assert told["loss"] == pytest.approx(by_hand / 4, rel=1e-5)
 
 
 def test_a_token_beyond_the_models_vocabulary_is_refused(inputs: dict[str, Artifact]) -> None:
