@@ -4,6 +4,7 @@ from typing import Any
 
 from prefect import flow
 
+from flows.deployed import under_worker
 from flows.overrides import Overrides, dotted
 from flows.run import run_recipe
 
@@ -17,4 +18,5 @@ def everything_flow(recipe: str = "demo", overrides: Overrides = None, until: st
         overrides: fields of the recipe to change, such as {"blocks": {"block_size": 1024}} or {"blocks.block_size": 1024}
         until: the last stage, by its kind or its name
     """
-    return run_recipe(recipe, dotted(overrides), ends=[until])
+    with under_worker():
+        return run_recipe(recipe, dotted(overrides), ends=[until])

@@ -4,6 +4,7 @@ from typing import Any
 
 from prefect import flow
 
+from flows.deployed import under_worker
 from flows.overrides import Overrides, dotted
 from flows.run import run_recipe
 from flows.watch import tell
@@ -21,4 +22,5 @@ def pretrain_flow(
         changes: sources whose new bytes this run was started for, as watch-flow told them; they are logged, and change nothing
     """
     tell(changes)
-    return run_recipe(recipe, dotted(overrides), ends=["pretrained"])
+    with under_worker():
+        return run_recipe(recipe, dotted(overrides), ends=["pretrained"])

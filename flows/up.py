@@ -25,6 +25,9 @@ WORKER_SECONDS = 120.0  # until the server has heard of the worker: 6 s, on two 
 DOWN_SECONDS = 60.0
 STOP_SECONDS = 12.0  # a cancelled run's ranks are gone within 15 s
 
+# A run that waits its turn holds a lease. In memory, the default, leases are lost with the server, and Prefect ends every run.
+SERVER_ENVIRONMENT = {"PREFECT_SERVER_CONCURRENCY_LEASE_STORAGE": "prefect.server.concurrency.lease_storage.filesystem"}
+
 # The environment of the worker, and so of every run that it starts.
 WORKER_ENVIRONMENT = {
     "PREFECT_FLOWS_HEARTBEAT_FREQUENCY": "30",  # seconds; the least that Prefect takes. deployments/automations.yaml waits for 3
@@ -83,7 +86,7 @@ def _start_server(settings: Settings, folder: Path, host: str, port: int) -> ser
         )
     _check_port(host, port)
     url = f"http://{host}:{port}/api"
-    with environment(prefect_environment(settings, url, verbose=False)):
+    with environment(prefect_environment(settings, url, verbose=False) | SERVER_ENVIRONMENT):
         command = server_command(host, port)
         server = services.start(folder, "server", command, inherited_environment(), url)
         try:
