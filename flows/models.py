@@ -5,6 +5,7 @@ from typing import Any
 
 from tasks.errors import StoreError
 from tasks.store import Artifact, ArtifactStore
+from tasks.training.adapter import adapted_folders
 from tasks.training.generate import generate
 
 
@@ -14,15 +15,15 @@ def generate_text(store: ArtifactStore, artifact: Artifact, prompt: str, chat: b
     ``sampling``: max_new_tokens, temperature, top_p, seed.
     Raises StoreError where the artifact is not a model, or an adapter's base is no longer in the store.
     """
-    model, adapter = artifact, None
+    model_dir, adapter_dir = artifact.path, None
     if artifact.kind == "adapter":
-        model, adapter = base_of(store, artifact), artifact
+        model_dir, adapter_dir = adapted_folders(base_of(store, artifact), artifact)
     elif artifact.kind not in {"pretrained", "finetuned"}:
         raise StoreError(f"{artifact.ref}: a {artifact.kind} is no model; name a pretrained, finetuned or adapter artifact")
     return generate(
-        model.path,
+        model_dir,
         prompt,
-        adapter_dir=adapter.path if adapter else None,
+        adapter_dir=adapter_dir,
         **sampling,
         chat=artifact.kind != "pretrained" if chat is None else chat,
     )

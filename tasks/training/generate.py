@@ -19,6 +19,7 @@ from typing import Any
 import torch
 
 from tasks.errors import CorpusError, RecipeError
+from tasks.training.adapters.virtual import as_called, positions_left
 
 log = logging.getLogger(__name__)
 
@@ -80,15 +81,17 @@ def load_language_model(model_dir: Path, adapter_dir: Path | None = None, dtype:
         where = model_dir if adapter_dir is None else f"{model_dir} with {adapter_dir}"
         raise CorpusError(f"{where}: not a model that can be loaded ({_first_line(error)}); name a model folder") from error
     model.eval().to("cuda" if torch.cuda.is_available() else "cpu")
-    return LanguageModel(model, tokenizer, _stop_ids(model, tokenizer), getattr(model.config, "max_position_embeddings", None))
+    return LanguageModel(model, tokenizer, _stop_ids(model, tokenizer), positions_left(model))
 
 
 def _with_adapter(model: Any, adapter_dir: Path) -> Any:
     from peft import PeftModel
 
+    import tasks.training.adapters.bottleneck  # noqa: F401  # PEFT knows bottlenecks from here on
+
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # all of them about training and merging, which nobody does here
-        return PeftModel.from_pretrained(model, str(adapter_dir), local_files_only=True)
+        return as_called(PeftModel.from_pretrained(model, str(adapter_dir), local_files_only=True))
 
 
 def generate(

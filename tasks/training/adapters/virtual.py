@@ -83,6 +83,12 @@ class WithVirtualTokens(nn.Module):
         return told
 
 
+def positions_left(model: Any) -> int | None:
+    """The positions that a model has for text: all but those of its virtual tokens; None where its config sets no limit."""
+    positions: int | None = getattr(model.config, "max_position_embeddings", None)
+    return None if positions is None else positions - getattr(model, "num_virtual_tokens", 0)
+
+
 def as_called(adapted: Any) -> Any:
     """A loaded PEFT model as a caller of the base expects it."""
     return WithVirtualTokens(adapted) if adapted.active_peft_config.is_prompt_learning else adapted
