@@ -1,4 +1,4 @@
-"""What a run that a Prefect worker started does beside its work: it ends with the worker, and tells Prefect of a stop as of one."""
+"""What a run that a Prefect worker started does beside its work: it ends with the worker, and a stop is told as a stop."""
 
 import os
 import signal
