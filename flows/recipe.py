@@ -191,7 +191,15 @@ def parse_overrides(settings: Sequence[str]) -> dict[str, Any]:
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML as people write numbers: PyYAML reads 1e-4, without a dot, as a string."""
+    """YAML as people write numbers: PyYAML reads 1e-4, without a dot, as a string. A field written twice is refused."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: set[str] = set()
+        for key in (key for key, _ in node.value if isinstance(key, yaml.ScalarNode)):
+            if key.value in seen:
+                raise yaml.constructor.ConstructorError(None, None, f"{key.value} is given twice", key.start_mark)
+            seen.add(key.value)
+        return super().construct_mapping(node, deep)
 
 
 _Loader.yaml_implicit_resolvers = {first: list(rest) for first, rest in yaml.SafeLoader.yaml_implicit_resolvers.items()}

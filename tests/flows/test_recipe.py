@@ -85,11 +85,14 @@ def test_a_mistake_is_one_line_that_says_where_what_and_what_to_do(
 
 
 def test_a_recipe_that_is_not_there_or_not_yaml_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(RecipeError, match=r"no such recipe or .yaml file; recipes are demo, "):
+    with pytest.raises(RecipeError, match=r"no such recipe or .yaml file; recipes are .*demo, "):
         load_recipe("nothing")
     (tmp_path / "bad.yaml").write_text("name: [")
     with pytest.raises(RecipeError, match="not valid YAML"):
         load_recipe(str(tmp_path / "bad.yaml"))
+    (tmp_path / "twice.yaml").write_text("blocks:\n  block_size: 1\n  block_size: 2\n")
+    with pytest.raises(RecipeError, match=r"not valid YAML: block_size is given twice in .*line 3"):
+        load_recipe(str(tmp_path / "twice.yaml"))
     (tmp_path / "list.yaml").write_text("- name")
     with pytest.raises(RecipeError, match="a recipe is a mapping of sections"):
         load_recipe(str(tmp_path / "list.yaml"))
