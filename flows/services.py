@@ -16,6 +16,7 @@ from pathlib import Path
 from tasks.errors import WorkerError
 
 POLL_SECONDS = 0.1
+KILL_SECONDS = 10.0  # for the kernel to end what got SIGKILL
 
 
 @dataclass(frozen=True)
@@ -59,7 +60,7 @@ def stop(folder: Path, name: str, seconds: float) -> Service | None:
         os.kill(service.pid, signal.SIGTERM)
         if not _ended(service, seconds):
             os.killpg(service.pid, signal.SIGKILL)  # its session's, so its own children go too
-            if not _ended(service, seconds):
+            if not _ended(service, KILL_SECONDS):
                 raise WorkerError(f"{name}: process {service.pid} does not end; it waits for a disk, or is another user's")
     (folder / f"{name}.json").unlink(missing_ok=True)
     return service

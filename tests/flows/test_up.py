@@ -1,0 +1,65 @@
+"""What `seqmill up` refuses, and the profile that it enters."""
+
+import socket
+import tomllib
+from pathlib import Path
+
+import pytest
+
+from flows.settings import Settings
+from flows.up import bring_up, profiles_path, take_down
+from tasks.errors import SettingsError
+
+
+@pytest.fixture(autouse=True)
+def no_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("PREFECT_API_URL", "PREFECT_HOME", "PREFECT_PROFILES_PATH", "PREFECT_SERVER_API_AUTH_STRING"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr("flows.up.export_settings", lambda settings: None)
+
+
+def test_a_port_that_is_taken_is_the_users_mistake(tmp_path: Path) -> None:
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", 0))
+        other.listen()
+        port = other.getsockname()[1]
+        with pytest.raises(SettingsError, match=rf"port {port} of 127.0.0.1: Address already in use; .*--port"):
+            bring_up(Settings(store=tmp_path), "127.0.0.1", port)
+
+
+def test_an_address_that_others_can_reach_is_refused_without_authentication(tmp_path: Path) -> None:
+    with pytest.raises(SettingsError, match="PREFECT_SERVER_API_AUTH_STRING"):
+        bring_up(Settings(store=tmp_path), "0.0.0.0", 4200)
+
+
+def test_down_where_nothing_was_ever_up_ends_nothing(tmp_path: Path) -> None:
+    assert take_down(Settings(store=tmp_path / "none")) == []
+
+
+@pytest.mark.parametrize(
+    ("variables", "path"),
+    [
+        ({"PREFECT_HOME": "/home"}, "/home/profiles.toml"),
+        ({"PREFECT_HOME": "/home", "PREFECT_PROFILES_PATH": "/mine.toml"}, "/mine.toml"),
+    ],
+)
+def test_the_users_profiles_are_where_their_prefect_looks(
+    variables: dict[str, str], path: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    assert profiles_path() == Path(path)
+
+
+def test_the_profile_is_entered_and_left_and_the_users_own_stay(tmp_path: Path) -> None:
+    from flows.registration import enter_profile, leave_profile
+
+    path = tmp_path / "profiles.toml"
+    path.write_text('active = "mine"\n[profiles.mine]\nPREFECT_API_URL = "http://mine/api"\n')
+    assert enter_profile(path, "http://127.0.0.1:1/api") == "mine"
+    assert enter_profile(path, "http://127.0.0.1:2/api") is None
+    entered = tomllib.loads(path.read_text())
+    assert entered["active"] == "seqmill"
+    assert entered["profiles"]["seqmill"] == {"PREFECT_API_URL": "http://127.0.0.1:2/api", "PREFECT_PLUGINS_ENABLED": "true"}
+    leave_profile(path, "mine")
+    assert tomllib.loads(path.read_text()) == {"active": "mine", "profiles": {"mine": {"PREFECT_API_URL": "http://mine/api"}}}
