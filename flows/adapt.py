@@ -9,7 +9,7 @@ from flows.overrides import Overrides, dotted
 from flows.run import run_recipe
 
 
-@flow(name="adapt-flow", flow_run_name="{recipe}")
+@flow(name="adapt-flow", flow_run_name="{recipe} to adapter")
 def adapt_flow(recipe: str = "demo", overrides: Overrides = None) -> list[dict[str, Any]]:
     """Archive to the adapter.
 

@@ -4,6 +4,7 @@ import logging
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 from rich.console import Console
 from rich.logging import RichHandler
@@ -14,6 +15,7 @@ from rich.progress import (
     Progress,
     ProgressColumn,
     Task,
+    TaskID,
     TextColumn,
     TimeElapsedColumn,
     TimeRemainingColumn,
@@ -22,6 +24,7 @@ from rich.progress import (
 from rich.text import Text
 
 from tasks import machine
+from tasks.training.metrics import in_words
 
 PIPED_COLUMNS = 200  # a pipe has no width; Rich would fold at 80
 
@@ -32,6 +35,11 @@ err = Console(stderr=True)
 def console_progress() -> machine.Progress:
     """Progress bars where a person looks, silence where a pipe does."""
     return _bar if err.is_terminal else machine.quiet
+
+
+def console_reports() -> Callable[[dict[str, Any]], None] | None:
+    """What writes a training run's reports behind its bar; None where there is no bar."""
+    return _show_report if err.is_terminal else None
 
 
 def log_to_console(verbose: bool) -> None:
@@ -46,7 +54,11 @@ def log_to_console(verbose: bool) -> None:
 
 
 # The ranks' own lines: all of them go to Prefect and to --verbose, only warnings to the terminal.
-_NOISY = ("tasks.training.launch",)
+# The reports of a training run stand behind its bar.
+_NOISY = ("tasks.training.launch", *(["tasks.training.metrics"] if err.is_terminal else []))
+
+# The bars that are shown, by label, where reports find them.
+_shown: dict[str, tuple[Progress, TaskID]] = {}
 
 
 @contextmanager
@@ -55,9 +67,19 @@ def _bar(label: str, total: int | None, unit: str) -> Iterator[Callable[[int], N
         [DownloadColumn(), TransferSpeedColumn()] if unit == "B" else [MofNCompleteColumn(), _Rate(unit)]
     )
     columns = [TextColumn("{task.description:<12}"), BarColumn(), *amount, TimeElapsedColumn(), TimeRemainingColumn()]
-    with Progress(*columns, console=err, transient=True) as progress:
-        task = progress.add_task(label, total=total)
-        yield lambda advance: progress.advance(task, advance)
+    with Progress(*columns, TextColumn("{task.fields[report]}"), console=err, transient=True) as progress:
+        task = progress.add_task(label, total=total, report="")
+        _shown[label] = progress, task
+        try:
+            yield lambda advance: progress.advance(task, advance)
+        finally:
+            del _shown[label]
+
+
+def _show_report(report: dict[str, Any]) -> None:
+    if "loss" in report and (found := _shown.get(report["kind"])):
+        progress, task = found
+        progress.update(task, report=in_words(report))
 
 
 class _Rate(ProgressColumn):

@@ -9,7 +9,7 @@ from flows.overrides import Overrides, dotted
 from flows.run import run_recipe
 
 
-@flow(name="everything-flow", flow_run_name="{recipe}")
+@flow(name="everything-flow", flow_run_name="{recipe} to {until}")
 def everything_flow(recipe: str = "demo", overrides: Overrides = None, until: str = "report") -> list[dict[str, Any]]:
     """Archive to report.
 

@@ -10,7 +10,7 @@ from flows.run import run_recipe
 from flows.watch import tell
 
 
-@flow(name="pretrain-flow", flow_run_name="{recipe}")
+@flow(name="pretrain-flow", flow_run_name="{recipe} to pretrained")
 def pretrain_flow(
     recipe: str = "demo", overrides: Overrides = None, changes: list[dict[str, Any]] | None = None
 ) -> list[dict[str, Any]]:

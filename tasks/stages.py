@@ -1,4 +1,4 @@
-"""Every Prefect task, one line each, in data order; the only place under tasks/ that knows Prefect.
+"""Every Prefect task, one line each, in data order; with tasks.live the only place under tasks/ that knows Prefect.
 
 The store decides what is found and what is built; Prefect is told. A stage or a group of shards that was found ends in
 the state ``Cached``; one that was built, in ``Completed``. Only small references pass through Prefect, never data.
@@ -10,7 +10,7 @@ from dataclasses import replace
 from typing import Any
 
 from prefect import Task, task
-from prefect.artifacts import create_markdown_artifact, create_table_artifact
+from prefect.artifacts import create_link_artifact, create_markdown_artifact, create_table_artifact
 from prefect.cache_policies import NO_CACHE
 from prefect.client.schemas.objects import State
 from prefect.states import Completed
@@ -21,9 +21,11 @@ from tasks.corpus.documents import build_documents
 from tasks.corpus.examples import build_examples
 from tasks.corpus.tokenizer import build_tokenizer
 from tasks.corpus.tokens import build_tokens
-from tasks.machine import Machine, ShardRunner
+from tasks.live import Live
+from tasks.machine import Machine, Progress, ShardRunner
 from tasks.report.corpus import shown_markdown, shown_tables
 from tasks.report.report import build_report, prefect_markdown, prefect_tables
+from tasks.report.shown import evaluation_tables, training_markdown
 from tasks.store import Artifact, ArtifactStore, Spec, Stage
 from tasks.training.adapter import build_adapter
 from tasks.training.evaluation import build_evaluation
@@ -46,30 +48,43 @@ def as_task(stage: Stage[Any], publish: Callable[[Artifact], None] | None = None
 
     @task(name=stage.kind, task_run_name="{name}", cache_policy=NO_CACHE, persist_result=False)
     def run(name: str, store: ArtifactStore, machine: Machine, spec: Spec, inputs: dict[str, Artifact]) -> State[Any]:
-        grouped = replace(machine, runner=in_groups(machine))
-        artifact = stage(store, grouped, spec, **inputs)
+        live = Live(machine, name)
+        runner = in_groups(machine, live.progress, machine.recipe or name)
+        artifact = stage(store, replace(machine, progress=live.progress, on_metrics=live.hear, runner=runner), spec, **inputs)
         if publish:
-            publish(artifact)
+            shown(artifact, publish)
         return _ended([artifact], artifact, f"{artifact.ref}, {artifact.num_bytes} bytes")
 
     return run
 
 
-def in_groups(machine: Machine) -> ShardRunner:
+def shown(artifact: Artifact, publish: Callable[[Artifact], None]) -> None:
+    """Show an artifact in the Prefect UI; what the server refuses is told, and costs no artifact."""
+    try:
+        publish(artifact)
+    except Exception as error:
+        log.warning("%s: not shown in the Prefect UI: %s: %s", artifact.ref, type(error).__name__, error)
+
+
+def in_groups(machine: Machine, progress: Progress, recipe: str) -> ShardRunner:
     """A shard runner that shows Prefect one task for each group of shards; the work stays in the machine's process pool."""
 
     def run(function: Callable[[Any], Any], items: Sequence[Any], label: str) -> list[Any]:
         size = max(1, -(-len(items) // MOST_GROUPS))
         groups = [list(items[start : start + size]) for start in range(0, len(items), size)]
-        names = [f"{label} {i * size}-{i * size + len(group) - 1}" for i, group in enumerate(groups)]
+        names = [f"{recipe} {label} {_spelled(i * size, len(group))}" for i, group in enumerate(groups)]
         artifacts: list[Any] = []
-        with machine.progress(label, len(items), "shards") as advance:
+        with progress(label, len(items), "shards") as advance:
             for result in _run_groups(machine, function, names, groups):
                 artifacts += result
                 advance(len(result))
         return artifacts
 
     return run
+
+
+def _spelled(first: int, number: int) -> str:
+    return f"shard {first}" if number == 1 else f"shards {first}-{first + number - 1}"
 
 
 def _run_groups(
@@ -104,8 +119,21 @@ def publish_corpus(artifact: Artifact) -> None:
         create_table_artifact(key=name, table=rows, description=f"{name} of {artifact.ref}")
 
 
+def publish_training(model: Artifact) -> None:
+    """Show a trained model in the Prefect UI: its facts and curves."""
+    create_markdown_artifact(key=model.kind, markdown=training_markdown(model), description=model.ref)
+
+
+def publish_evaluation(evaluation: Artifact) -> None:
+    """Show an evaluation in the Prefect UI: what the model scores, and what it says."""
+    for name, rows in evaluation_tables(evaluation).items():
+        create_table_artifact(key=name, table=rows, description=f"{name} of {evaluation.ref}")
+
+
 def publish_report(report: Artifact) -> None:
-    """Show a report in the Prefect UI: its short version with its main plots as markdown, its tables as tables."""
+    """Show a report in the Prefect UI: its page as a link, its short version with its main plots, its tables as tables."""
+    page = report.file("report.html")
+    create_link_artifact(key="report-page", link=page.as_uri(), link_text=str(page), description=report.ref)
     create_markdown_artifact(key="report", markdown=prefect_markdown(report), description=report.ref)
     for name, rows in prefect_tables(report).items():
         create_table_artifact(key=name, table=rows, description=f"{name} of {report.ref}")
@@ -117,11 +145,11 @@ find_published = as_task(build_published)
 find_tokenizer = as_task(build_tokenizer)
 tokenize = as_task(build_tokens, publish_corpus)
 pack = as_task(build_blocks, publish_corpus)
-pretrain = as_task(build_pretrained)
+pretrain = as_task(build_pretrained, publish_training)
 make_examples = as_task(build_examples, publish_corpus)
-finetune = as_task(build_finetuned)
-adapt = as_task(build_adapter)
-evaluate = as_task(build_evaluation)
+finetune = as_task(build_finetuned, publish_training)
+adapt = as_task(build_adapter, publish_training)
+evaluate = as_task(build_evaluation, publish_evaluation)
 check_gate = as_task(build_gate)
 report = as_task(build_report, publish_report)
 

@@ -120,6 +120,18 @@ def conversations_table(examples: Artifact) -> Table:
     return ledger_table("Conversations", counts, read="conversations read", total=stats["num_conversations"], note=note)
 
 
+def mask_table(examples: Artifact) -> Table:
+    """How many tokens carry loss, by split, and how many answers were read back out of the rows."""
+    rows = []
+    for split in SPLITS:
+        if (stats := examples.stats.get(split)) and stats["num_examples"]:
+            supervised = share(stats["num_supervised_tokens"], stats["num_tokens"])
+            counts = ("num_examples", "num_rows", "num_tokens", "num_supervised_tokens")
+            rows.append((split, *(whole(stats[name]) for name in counts), supervised, whole(stats["num_answers_proven"])))
+    columns = ("Split", "Examples", "Rows", "Tokens", "Carry loss", "Share", "Answers proven")
+    return Table(columns, tuple(rows))
+
+
 def ledger_table(heading: str, counts: Iterable[tuple[str, int]], *, read: str, total: int, note: str = "") -> Table:
     """The counts that add up to ``total``; those of nothing are left out."""
     rows = [(label, whole(number), share(number, total)) for label, number in counts if number]
@@ -234,6 +246,7 @@ def _own_tables(artifact: Artifact) -> Iterator[tuple[str, Table | None]]:
     elif artifact.kind == "examples":
         _, quarantined = quarantine_tables(artifact) or (None, None)
         yield "examples-ledger", conversations_table(artifact)
+        yield "examples-mask", mask_table(artifact)
         yield "examples-quarantined", quarantined
     if artifact.kind in SHARDED:
         yield f"{artifact.kind}-shard-sizes", shard_sizes_table(alone)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from math import log as ln
 from typing import Any
 
-from tasks.report.numbers import count, duration, whole
+from tasks.report.numbers import count, duration, percent, size, whole
 from tasks.report.plots import Plot, Point, curve_plot, loss_plot
 from tasks.store import Artifact
 
@@ -19,6 +19,7 @@ CURVES = (
     ("learning_rate", "learning-rate", "Learning rate", "learning rate", True),
     ("grad_norm", "gradient-norm", "Gradient norm", "gradient norm", True),
     ("tokens_per_second", "throughput", "Throughput", "tokens per second", True),
+    ("mfu", "mfu", "MFU", "share of peak", True),
 )
 
 
@@ -63,6 +64,10 @@ def facts(artifact: Artifact) -> list[tuple[str, str]]:
         told.append(("Rows a step", f"{whole(rows)}{_shared_out(produced_by)}"))
     if rate := produced_by.get("tokens_per_second"):
         told.append(("Tokens per second", count(rate)))
+    if share := produced_by.get("mfu"):
+        told.append(("MFU", percent(share)))
+    if memory := produced_by.get("peak_memory_bytes"):
+        told.append(("Peak memory of rank 0", size(memory)))
     for name, label in (("num_ranks", "Ranks"), ("zero_stage", "ZeRO stage"), ("resumed_from", "Resumed from step")):
         if produced_by.get(name) is not None:
             told.append((label, str(produced_by[name])))

@@ -17,6 +17,8 @@ GPU_PEAKS = {
     "A100": 312e12, "A800": 312e12, "L40S": 362e12, "L40": 181e12, "L4": 121e12, "A10G": 70e12, "A10": 125e12, "A40": 150e12,
     "RTX A6000": 155e12, "RTX 4090": 165e12, "RTX 3090": 71e12, "V100": 125e12, "T4": 65e12, "MI300X": 1307e12,
 }  # fmt: skip
+# What a report holds of it; it varies from run to run, where all else in a report does not.
+MEASURED = ("tokens_per_second", "mfu", "memory_bytes", "seconds_left")
 SIDE = {"cpu": 512, "cuda": 8192}  # of the matrices by which a peak is measured: 0.3 GFLOP, 1.1 TFLOP
 TRIES = 8  # the fastest counts: a busy neighbor makes the others slow
 

@@ -56,10 +56,10 @@ def final_loss(rows: list[dict[str, Any]], num_steps: int) -> float | None:
     return sum(loss * steps for _, loss, steps in late) / weight if weight else None
 
 
-def tokens_per_second(rows: list[dict[str, Any]]) -> float | None:
-    """The median rate over all reports, which leaves out the first steps' warming up and a busy neighbor's moments."""
-    rates = sorted(row["tokens_per_second"] for row in rows if "tokens_per_second" in row)
-    return rates[len(rates) // 2] if rates else None
+def median_of(rows: list[dict[str, Any]], name: str) -> float | None:
+    """The median over all reports, which leaves out the first steps' warming up and a busy neighbor's moments."""
+    values = sorted(row[name] for row in rows if name in row)
+    return values[len(values) // 2] if values else None
 
 
 def bits_per_byte(loss: float, num_tokens: int, num_bytes: int) -> float:
@@ -67,8 +67,8 @@ def bits_per_byte(loss: float, num_tokens: int, num_bytes: int) -> float:
     return loss / LN2 * num_tokens / num_bytes
 
 
-def in_words(row: dict[str, Any], num_steps: int) -> str:
-    """A report in a line, as the terminal, the log and the Prefect UI show it."""
+def in_words(row: dict[str, Any], num_steps: int | None = None) -> str:
+    """A report in a line, as the log and the Prefect UI show it; without ``num_steps`` for where a bar tells steps and time."""
     shown = (
         ("loss", "loss {:.4f}"),
         ("validation_loss", "validation loss {:.4f}"),
@@ -77,12 +77,14 @@ def in_words(row: dict[str, Any], num_steps: int) -> str:
         ("tokens_per_second", "{:,.0f} tokens/s"),
         ("mfu", "MFU {:.1%}"),
     )
-    told = [f"step {row['step']} of {num_steps}", *(form.format(row[name]) for name, form in shown if name in row)]
+    told = [form.format(row[name]) for name, form in shown if name in row]
     if "memory_bytes" in row:
         told.append(f"{row['memory_bytes'] / 1e9:.2f} GB")
+    if num_steps is None:
+        return ", ".join(told)
     if "seconds_left" in row:
         told.append(f"{timedelta(seconds=round(row['seconds_left']))} left")
-    return ", ".join(told)
+    return ", ".join([f"step {row['step']} of {num_steps}", *told])
 
 
 def follow(

@@ -19,7 +19,7 @@ from tasks.store import Artifact, Built, Work
 from tasks.training.checkpoints import clear_torn, newest_checkpoint, step_of, written_facts
 from tasks.training.deepspeed import load_deepspeed_config, zero_stage
 from tasks.training.launch import run_worker
-from tasks.training.metrics import MetricsFile, final_loss, follow, read_metrics, tokens_per_second
+from tasks.training.metrics import MetricsFile, final_loss, follow, median_of, read_metrics
 from tasks.training.monitors import FOLDER as MONITORING
 from tasks.training.monitors import Run, watched
 from tasks.training.optimization import OptimizationSpec
@@ -232,7 +232,9 @@ def _outcome(plan: TrainingPlan, metrics: MetricsFile, resumed_step: int) -> Out
         validation_loss=result["validation_loss"],
         produced_by={
             "metrics": metrics.rows,
-            "tokens_per_second": tokens_per_second(metrics.rows),
+            "tokens_per_second": median_of(metrics.rows, "tokens_per_second"),
+            "mfu": median_of(metrics.rows, "mfu"),
+            "peak_memory_bytes": max((row.get("memory_bytes", 0) for row in metrics.rows), default=0) or None,
             "num_ranks": plan.batch["num_ranks"],
             "micro_batch_size": plan.batch["micro_batch_size"],
             "accumulation": plan.batch["accumulation"],

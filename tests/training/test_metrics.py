@@ -3,7 +3,7 @@ from typing import Any
 
 import pytest
 
-from tasks.training.metrics import MetricsFile, bits_per_byte, final_loss, follow, in_words, read_metrics, tokens_per_second
+from tasks.training.metrics import MetricsFile, bits_per_byte, final_loss, follow, in_words, median_of, read_metrics
 
 
 def row(step: int, loss: float, num_steps: int = 5) -> dict[str, Any]:
@@ -34,8 +34,8 @@ def test_the_train_loss_is_the_mean_over_the_last_tenth_of_the_steps() -> None:
 
 
 def test_the_rate_is_the_median_of_the_reports() -> None:
-    assert tokens_per_second([row(1, 0), row(2, 0), row(9, 0)]) == 20.0
-    assert tokens_per_second([{"step": 0, "validation_loss": 1.0}]) is None
+    assert median_of([row(1, 0), row(2, 0), row(9, 0)], "tokens_per_second") == 20.0
+    assert median_of([{"step": 0, "validation_loss": 1.0}], "tokens_per_second") is None
 
 
 def test_bits_per_byte_of_one_bit_a_token_and_four_bytes_a_token() -> None:

@@ -10,6 +10,7 @@ import pytest
 from tasks.errors import StoppedError
 from tasks.machine import Machine, TrainingSettings
 from tasks.store import Artifact
+from tasks.training.meter import MEASURED
 from tasks.training.pretrained import build_pretrained
 from tests.training.small_inputs import blocks_and_tokenizer
 from tests.training.test_resume import spec
@@ -21,7 +22,7 @@ SPEC = spec(checkpoint_steps=1000, evaluation_steps=1)
 
 def reports(model: Artifact) -> list[dict[str, Any]]:
     rows = model.manifest.produced_by["metrics"]
-    return [{name: value for name, value in row.items() if name != "tokens_per_second"} for row in rows]
+    return [{name: value for name, value in row.items() if name not in MEASURED} for row in rows]
 
 
 def test_told_to_stop_and_run_again_equals_never_told(tmp_path: Path) -> None:
