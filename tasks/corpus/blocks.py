@@ -18,11 +18,11 @@ import numpy.typing as npt
 import pyarrow as pa
 from pydantic import Field
 
-from tasks.corpus.shards import ShardWork, build_shards, load_shard
+from tasks.corpus.shards import ShardWork, build_shards, load_shards
 from tasks.errors import CorpusError
 from tasks.machine import Machine
 from tasks.schemas import SPLITS, TAIL, as_column, as_ids, as_rows, blocks_schema
-from tasks.store import Artifact, ArtifactStore, Built, Spec, Work, shard_entry, stage
+from tasks.store import Artifact, Built, Spec, Work, shard_entry, stage, store_of
 
 log = logging.getLogger(__name__)
 
@@ -42,7 +42,7 @@ class BlocksSpec(Spec):
 def build_blocks(work: Work, spec: BlocksSpec, tokens: Artifact) -> Built:
     """Pack every tokens shard in the pool, then the tails of each split; less than one block a split is dropped."""
     listed = list(tokens.shards())
-    items = [ShardWork(spec, {"tokens": load_shard(work.store, entry)}) for entry in listed]
+    items = [ShardWork(spec, {"tokens": shard}) for shard in load_shards(work.store, listed)]
     artifacts = build_shards(work, build_blocks_shard, pack_in_pool, items, "blocks")
     splits = {}
     for split in SPLITS:
@@ -81,7 +81,7 @@ def pack_in_pool(item: ShardWork) -> Artifact:
     """Build one blocks shard in this worker of the pool."""
     spec = item.spec
     assert isinstance(spec, BlocksSpec)
-    return build_blocks_shard(ArtifactStore(item.inputs["tokens"].root), Machine(), spec, **item.inputs)
+    return build_blocks_shard(store_of(item.inputs["tokens"]), Machine(), spec, **item.inputs)
 
 
 @stage("blocks-shard", revision=1)

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from tasks.errors import StoreError
-from tasks.store import Artifact, ArtifactStore, ShardEntry, Spec, Stage, Work, digest_json
+from tasks.store import Artifact, ArtifactStore, Digest, ShardEntry, Spec, Stage, Work, digest_json
 
 
 def sum_stats(entries: Sequence[ShardEntry], *names: str) -> dict[str, int]:
@@ -24,10 +24,18 @@ class ShardWork:
 
 def load_shard(store: ArtifactStore, entry: ShardEntry) -> Artifact:
     """The artifact of a listed shard. Raises StoreError where the store lost it."""
-    artifact = store.load(entry.kind, entry.key)
-    if artifact is None:
-        raise StoreError(f"{store.root}: shard {entry.name} ({entry.kind}/{entry.key[:12]}) is missing; run again to rebuild it")
-    return artifact
+    return load_shards(store, [entry])[0]
+
+
+def load_shards(store: ArtifactStore, entries: Sequence[ShardEntry]) -> list[Artifact]:
+    """The artifacts of listed shards. Raises StoreError where the store lost one."""
+    artifacts = store.load_all([(entry.kind, entry.key) for entry in entries])
+    for entry, artifact in zip(entries, artifacts, strict=True):
+        if artifact is None:
+            raise StoreError(
+                f"{store.address}: shard {entry.name} ({entry.kind}/{entry.key[:12]}) is missing; run again to rebuild it"
+            )
+    return [artifact for artifact in artifacts if artifact]
 
 
 def build_shards(
@@ -43,7 +51,7 @@ def build_shards(
 
     ready: what the builds need in this process, entered only where there is something to build.
     """
-    found = [_find(work.store, shard_stage, item) for item in items]
+    found = work.store.find_all(shard_stage.kind, [_key(shard_stage, item) for item in items])
     missing = [item for item, artifact in zip(items, found, strict=True) if artifact is None]
     if not missing:
         return [artifact for artifact in found if artifact]
@@ -52,6 +60,6 @@ def build_shards(
     return [artifact or next(built) for artifact in found]
 
 
-def _find(store: ArtifactStore, shard_stage: Stage[Any], item: ShardWork) -> Artifact | None:
+def _key(shard_stage: Stage[Any], item: ShardWork) -> Digest:
     contents = {name: artifact.content for name, artifact in item.inputs.items()}
-    return store.find(shard_stage.kind, digest_json(shard_stage.identity(item.spec, contents)))
+    return digest_json(shard_stage.identity(item.spec, contents))

@@ -18,12 +18,12 @@ from pydantic import Field
 
 from tasks.corpus.document_shards import open_documents
 from tasks.corpus.encoder import Encoded, MismatchError, encoder_for, forget_encoders, one_core, start_encoder
-from tasks.corpus.shards import ShardWork, build_shards, load_shard, sum_stats
+from tasks.corpus.shards import ShardWork, build_shards, load_shards, sum_stats
 from tasks.corpus.tokenizer import TOKENIZER_JSON, Vocabulary, read_vocabulary
 from tasks.errors import CorpusError
 from tasks.machine import Machine, give_back_memory
 from tasks.schemas import DOCUMENTS, SPLITS, TOKENS, as_column
-from tasks.store import Artifact, ArtifactStore, Built, Digest, Spec, Work, shard_entry, stage
+from tasks.store import Artifact, Built, Digest, Spec, Work, shard_entry, stage, store_of
 
 # One call of the encoder: its threads' work for a few milliseconds; the reference's memory (about 150 bytes a token) stays
 # under 50 MB. Neither number shows in the bytes.
@@ -52,7 +52,7 @@ def build_tokens(work: Work, spec: TokensSpec, documents: Artifact, tokenizer: A
     """Tokenize every documents shard in the pool."""
     end_id = end_of_document_id(spec, tokenizer)
     listed = list(documents.shards())
-    items = [ShardWork(spec, {"documents": load_shard(work.store, entry), "tokenizer": tokenizer}) for entry in listed]
+    items = [ShardWork(spec, {"documents": shard, "tokenizer": tokenizer}) for shard in load_shards(work.store, listed)]
     ready = encoding(tokenizer, work.machine, len(items))
     artifacts = build_shards(work, build_tokens_shard, tokenize_in_pool, items, "tokens", ready=ready)
     entries = tuple(shard_entry(entry.name, artifact) for entry, artifact in zip(listed, artifacts, strict=True))
@@ -108,7 +108,7 @@ def _encoders(artifacts: Sequence[Artifact]) -> dict[str, int]:
 
 def tokenize_in_pool(item: ShardWork) -> Artifact:
     """Build one tokens shard in this worker of the pool."""
-    store = ArtifactStore(item.inputs["documents"].root)
+    store = store_of(item.inputs["documents"])
     spec = item.spec
     assert isinstance(spec, TokensSpec)
     with one_core():

@@ -98,9 +98,14 @@ class Artifact:
         return dict(self.manifest.identity["spec"])
 
     @property
-    def path(self) -> Path:
-        """The artifact's folder."""
+    def folder(self) -> Path:
+        """Where the artifact's files lie, or will once they are fetched."""
         return self.root / self.kind / self.key
+
+    @property
+    def path(self) -> Path:
+        """The artifact's folder, with every file in it."""
+        return self.folder
 
     @property
     def ref(self) -> str:
@@ -115,11 +120,16 @@ class Artifact:
 
     def file(self, name: str) -> Path:
         """The path of one of its files. Raises StoreError where the artifact has no such file."""
-        if all(entry.name != name for entry in self.manifest.files):
-            raise StoreError(
-                f"{self.ref}: no file {name} in its manifest; it has {', '.join(entry.name for entry in self.manifest.files)}"
-            )
-        return self.path / name
+        return self.folder / self.entry(name).name
+
+    def entry(self, name: str) -> FileEntry:
+        """One of its files as the manifest has it. Raises StoreError where the artifact has no such file."""
+        for entry in self.manifest.files:
+            if entry.name == name:
+                return entry
+        raise StoreError(
+            f"{self.ref}: no file {name} in its manifest; it has {', '.join(entry.name for entry in self.manifest.files)}"
+        )
 
     def has_file(self, name: str) -> bool:
         return any(entry.name == name for entry in self.manifest.files)

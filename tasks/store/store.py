@@ -13,7 +13,7 @@ import os
 import re
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
@@ -22,6 +22,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from tasks.errors import RefError, StoreError
+from tasks.machine import Advance
 from tasks.store.artifact import MANIFEST_NAME, Artifact, FileEntry, Manifest, ShardEntry, content_of
 from tasks.store.digest import Digest, DigestMemory, digest_file, digest_json, fsync_path, fsync_tree
 from tasks.store.lease import passing
@@ -42,6 +43,15 @@ class ArtifactStore:
         self.root = root.expanduser().absolute()
         self.digests = DigestMemory(self.root / ".digests")
 
+    @property
+    def address(self) -> str:
+        """How a person names the store."""
+        return str(self.root)
+
+    def place(self, kind: str, key: Digest) -> str:
+        """What a person deletes to be rid of an artifact."""
+        return str(self.root / kind / key)
+
     def find(self, kind: str, key: Digest) -> Artifact | None:
         """The artifact, if it is there whole by its sizes; None where it is absent or damaged."""
         with passing(self.root):
@@ -50,6 +60,17 @@ class ArtifactStore:
                 return None
             self.keep(artifact)
             return artifact
+
+    def find_all(self, kind: str, keys: Sequence[Digest]) -> list[Artifact | None]:
+        """What ``find`` says of every key; a shared store asks for many at once."""
+        return [self.find(kind, key) for key in keys]
+
+    def load_all(self, refs: Sequence[tuple[str, Digest]]) -> list[Artifact | None]:
+        """What ``load`` says of every (kind, key); a shared store asks for many at once."""
+        return [self.load(kind, key) for kind, key in refs]
+
+    def learn(self) -> None:
+        """Bring below ``root`` the manifests of all that is no shard; here they are."""
 
     def keep(self, artifact: Artifact) -> None:
         """Note that the artifact is in use: the time of its lock file, from which `seqmill gc` counts, becomes now."""
@@ -82,13 +103,19 @@ class ArtifactStore:
         if artifact.key != digest_json(artifact.manifest.identity):
             return "the manifest's key is not the digest of its identity"
         for entry in artifact.manifest.files:
-            path = artifact.path / entry.name
-            size = path.stat().st_size if path.is_file() else None
-            if size != entry.num_bytes:
-                return f"{entry.name} is {'missing' if size is None else f'{size} bytes'}, its manifest says {entry.num_bytes}"
-            if digests and digest_file(path) != entry.digest:
-                return f"{entry.name} has another digest than its manifest says"
+            if problem := self.file_problem(artifact, entry) if digests else size_problem(artifact.folder / entry.name, entry):
+                return problem
         return self._damaged_shard(artifact, digests)
+
+    def file_problem(self, artifact: Artifact, entry: FileEntry, advance: Advance = lambda amount: None) -> str | None:
+        """Where a file, read through, is not the one in the manifest; ``advance`` is told the bytes."""
+        path = artifact.folder / entry.name
+        if problem := size_problem(path, entry):
+            advance(entry.num_bytes)
+            return problem
+        if (digest := digest_file(path, advance)) != entry.digest:
+            return f"{entry.name} has the digest {digest[:12]}, its manifest says {entry.digest[:12]}"
+        return None
 
     def _damaged_shard(self, artifact: Artifact, digests: bool) -> str | None:
         if not digests:
@@ -127,25 +154,43 @@ class ArtifactStore:
     def staging(self, kind: str, key: Digest) -> Path:
         """The folder in which an artifact is built, made if absent, as an earlier try left it."""
         path = self.root / ".staging" / kind / key
+        if not path.exists():
+            self._out_of_trash(path)
         path.mkdir(parents=True, exist_ok=True)
         return path
 
     def restore(self, kind: str, key: Digest) -> Artifact | None:
-        """The artifact out of the trash, whole, in its place again; None where it is not there. Call it under the lock."""
+        """The artifact out of the trash, with its shards, in its place again; None where it is not. Call it under the lock."""
         with passing(self.root):
-            for path in sorted(self.root.glob(f"{TRASH}/[0-9]*/{kind}/{key}"), reverse=True):
-                (self.root / kind).mkdir(exist_ok=True)
-                path.rename(self.root / kind / key)
-                log.info("%s/%s: taken back out of the trash", kind, key[:12])
-                return self.find(kind, key)
-        return None
+            if not self._out_of_trash(self.root / kind / key):
+                return None
+            artifact = self.load(kind, key)
+            for entry in artifact.manifest.shards if artifact else ():
+                if not (self.root / entry.kind / entry.key).exists():
+                    self._out_of_trash(self.root / entry.kind / entry.key)
+            restored = self.find(kind, key)
+        if restored is None:
+            self.set_aside(kind, key, "damaged in the trash")
+        return restored
+
+    def _out_of_trash(self, path: Path) -> bool:
+        if not (self.root / TRASH).exists():
+            return False
+        with passing(self.root):  # or its deletion could begin meanwhile
+            for found in sorted(self.root.glob(f"{TRASH}/[0-9]*/{path.relative_to(self.root)}"), reverse=True):
+                path.parent.mkdir(parents=True, exist_ok=True)
+                found.rename(path)
+                log.info("%s: taken back out of the trash", path)
+                return True
+        return False
 
     def set_aside(self, kind: str, key: Digest, problem: str) -> None:
         """Move a damaged artifact out of the way, whole, for a person to look at. Call it under the lock."""
         source = self.root / kind / key
         target = self.root / ".damaged" / f"{kind}-{key}-{time.time_ns()}"
         target.parent.mkdir(parents=True, exist_ok=True)
-        source.rename(target)
+        with contextlib.suppress(FileNotFoundError):  # collected meanwhile
+            source.rename(target)
         log.warning("%s/%s: damaged (%s); set aside in %s", kind, key[:12], problem, target)
 
     def commit(
@@ -161,7 +206,7 @@ class ArtifactStore:
         ``known``: digests of files that the build has already read through, by name.
         """
         kind, key = identity["kind"], digest_json(identity)
-        staging, target = self.staging(kind, key), self.root / kind / key
+        staging = self.staging(kind, key)
         shutil.rmtree(staging / SCRATCH_NAME, ignore_errors=True)
         files = tuple(_entries(staging, known))
         manifest = Manifest(
@@ -177,17 +222,23 @@ class ArtifactStore:
         )
         (staging / MANIFEST_NAME).write_text(json.dumps(manifest.model_dump(mode="json"), indent=1, ensure_ascii=False))
         fsync_tree(staging)
+        return self._place(manifest)
+
+    def _place(self, manifest: Manifest) -> Artifact:
+        """Make finished what lies in staging, whole and on disk."""
+        kind, key = manifest.kind, manifest.key
+        target = self.root / kind / key
         target.parent.mkdir(parents=True, exist_ok=True)
-        staging.rename(target)
+        self.staging(kind, key).rename(target)
         fsync_path(target.parent)
         return Artifact(self.root, manifest, found=False)
 
     def artifacts(self, kind: str | None = None, *, shards: bool = True) -> Iterator[Artifact]:
         """Every finished artifact, of one kind where named, oldest first; ``shards`` False: of no kind that is a shard."""
         if kind is not None and not KIND.fullmatch(kind):
-            raise RefError(f"{self.root}: {kind!r} is no kind of artifact; `seqmill ls` lists what there is")
+            raise RefError(f"{self.address}: {kind!r} is no kind of artifact; `seqmill ls` lists what there is")
         kinds = [kind] if kind else [name for name in self.kinds() if shards or not name.endswith("-shard")]
-        loaded = (self.load(name, key) for name in kinds for key in self.keys(name))
+        loaded = self.load_all([(name, key) for name in kinds for key in self.keys(name)])
         return iter(sorted((found for found in loaded if found), key=lambda found: (found.manifest.created, found.ref)))
 
     def kinds(self) -> list[str]:
@@ -207,13 +258,21 @@ class ArtifactStore:
             return newest[0]
         kind, _, prefix = ref.partition("/") if "/" in ref else ("", "", ref)
         if kind and not KIND.fullmatch(kind):
-            raise RefError(f"{self.root}: {kind!r} is no kind of artifact; `seqmill ls` lists what there is")
+            raise RefError(f"{self.address}: {kind!r} is no kind of artifact; `seqmill ls` lists what there is")
         named = [(name, key) for name in ([kind] if kind else self.kinds()) for key in self.keys(name, prefix)]
-        matches = [found for name, key in named[:MOST_LOADED] if (found := self.load(name, key))]
+        matches = [found for found in self.load_all(named[:MOST_LOADED]) if found]
         if len(matches) == 1:
             return matches[0]
         what = f"{len(named)} artifacts begin so" if matches else "no such artifact"
-        raise RefError(f"{self.root}: {ref!r}: {what}; `seqmill ls` lists what there is")
+        raise RefError(f"{self.address}: {ref!r}: {what}; `seqmill ls` lists what there is")
+
+
+def size_problem(path: Path, entry: FileEntry) -> str | None:
+    """Where a file is missing, or of another size than its entry says."""
+    size = path.stat().st_size if path.is_file() else None
+    if size == entry.num_bytes:
+        return None
+    return f"{entry.name} is {'missing' if size is None else f'{size} bytes'}, its manifest says {entry.num_bytes}"
 
 
 def _names(folder: Path) -> list[str]:

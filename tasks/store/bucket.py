@@ -1,0 +1,259 @@
+"""A bucket: the few requests that a shared store makes of an object store, or of a folder that speaks like one.
+
+Reads and writes  <url>/<name>   s3://bucket/prefix, gs://bucket/prefix, az://container/prefix, file:///folder
+
+Nothing here is a rename and nothing trusts a listing. Every request may be made twice: what can pass (a 500, a cut
+connection, a read that stalls) is tried again, by obstore within its own limits and then by ``_patiently``.
+"""
+
+import logging
+import os
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from datetime import timedelta
+from functools import lru_cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+from urllib.parse import unquote, urlsplit
+
+from tasks.errors import SettingsError, StoreError
+from tasks.machine import Advance
+
+if TYPE_CHECKING:
+    from obstore.store import ObjectStore
+
+log = logging.getLogger(__name__)
+
+SCHEMES = ("s3", "gs", "az", "file")
+
+# One part of an upload, one range of a download: at 8 MB and more, requests cost under a hundredth of the time
+# (benchmarks/remote_store.py). S3 takes 10,000 parts of one object at most.
+PART_BYTES = 8 << 20
+MOST_PARTS = 10_000
+NUM_CONNECTIONS = 4  # of one file: on loopback 4 read faster than 8
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Patience:
+    """How long a request is waited for, and how often it is tried again."""
+
+    connect_seconds: float = 10.0
+    read_seconds: float = 30.0  # without a single byte
+    num_retries: int = 8  # within obstore, from 0.2 s on, doubled each time, with jitter
+    retry_seconds: float = 120.0
+    num_tries: int = 3  # of all that
+
+
+class Bucket:
+    """One folder of an object store. Picklable: another process makes connections of its own."""
+
+    def __init__(self, url: str, endpoint: str | None = None, patience: Patience | None = None) -> None:
+        self.url, self.endpoint, self.patience = url.rstrip("/"), endpoint, patience or Patience()
+
+    @property
+    def _store(self) -> "ObjectStore":
+        return _connect(self.url, self.endpoint, self.patience)
+
+    def get(self, name: str) -> bytes | None:
+        """An object's bytes; None where there is no such object."""
+        import obstore
+
+        return self._patiently(name, lambda: bytes(obstore.get(self._store, name).bytes()))
+
+    def num_bytes(self, name: str) -> int | None:
+        """An object's size; None where there is no such object."""
+        import obstore
+
+        return self._patiently(name, lambda: int(obstore.head(self._store, name)["size"]))
+
+    def put(self, name: str, data: bytes) -> None:
+        """Write an object, over the one that may be there."""
+        import obstore
+
+        self._patiently(name, lambda: obstore.put(self._store, name, data, use_multipart=False))
+
+    def put_new(self, name: str, data: bytes) -> bool:
+        """Write an object that is not there yet, all of it or nothing; False where one is, which may be by an earlier try."""
+        import obstore
+        from obstore.exceptions import AlreadyExistsError
+
+        def put() -> bool:
+            try:
+                obstore.put(self._store, name, data, mode="create")
+            except AlreadyExistsError:
+                return False
+            return True
+
+        return bool(self._patiently(name, put))
+
+    def delete(self, name: str) -> None:
+        """Remove an object, if it is there."""
+        import obstore
+
+        self._patiently(name, lambda: obstore.delete(self._store, name))
+
+    def names(self, folder: str = "") -> list[str]:
+        """The names just below ``folder``, of those that the listing knows so far: to be shown, never to be relied on."""
+        import obstore
+
+        prefix = f"{folder}/" if folder else None
+        found = self._patiently(folder, lambda: obstore.list_with_delimiter(self._store, prefix))
+        return [path.rstrip("/").rsplit("/", 1)[-1] for path in found["common_prefixes"]] if found else []
+
+    def upload(self, source: Path, name: str, advance: Advance) -> None:
+        """Write a file as an object, a large one in parts; the object appears whole or not at all."""
+        import obstore
+
+        size = source.stat().st_size
+        if size <= PART_BYTES:
+            self.put(name, source.read_bytes())
+            advance(size)
+            return
+        part_bytes = max(PART_BYTES, -(-size // MOST_PARTS))
+        told = _Told(advance)
+
+        def put() -> None:
+            told.begin()
+            parts = _parts(source, part_bytes, told.advance)
+            obstore.put(self._store, name, parts, chunk_size=part_bytes, max_concurrency=NUM_CONNECTIONS)
+
+        self._patiently(name, put)
+
+    def download(self, name: str, target: Path, num_bytes: int, advance: Advance) -> bool:
+        """Read an object into a file, a large one by ranges; False where there is no such object, or a shorter one.
+
+        Ranges that an earlier, killed download noted in ``<target>.ranges`` are not read again.
+        """
+        notes = target.with_name(f"{target.name}.ranges")
+        had = _noted(notes) if target.exists() else set()
+        starts = [start for start in range(0, num_bytes, PART_BYTES) if start not in had]
+        advance(num_bytes - sum(min(PART_BYTES, num_bytes - start) for start in starts))
+        lock = threading.Lock()
+        with target.open("ab"), target.open("r+b") as file, notes.open("a") as noted:
+
+            def read(start: int) -> bool:
+                length = min(PART_BYTES, num_bytes - start)
+                data = self.read(name, start, length)
+                if data is None or len(data) != length:
+                    return False
+                _write_at(file.fileno(), data, start)
+                with lock:
+                    noted.write(f"{start}\n")
+                    noted.flush()
+                advance(length)
+                return True
+
+            with ThreadPoolExecutor(NUM_CONNECTIONS) as pool:
+                is_whole = all(pool.map(read, starts))
+            file.truncate(num_bytes)
+        return is_whole and (num_bytes > 0 or self.num_bytes(name) == 0)
+
+    def read(self, name: str, start: int, length: int) -> memoryview | None:
+        """A range of an object; None where there is no such object, or where it ends before ``start``."""
+        import obstore
+
+        try:
+            found = self._patiently(name, lambda: memoryview(obstore.get_range(self._store, name, start=start, length=length)))
+        except StoreError:
+            size = self.num_bytes(name)
+            if size is not None and size < start + length:
+                return None
+            raise
+        return found
+
+    def _patiently(self, name: str, call: Callable[[], T]) -> T | None:
+        """What ``call`` returns, None where there is no such object; tried again where that may help. Raises StoreError."""
+        from obstore import exceptions as ex
+
+        final = (
+            ex.PermissionDeniedError, ex.UnauthenticatedError, ex.InvalidPathError, ex.NotSupportedError,
+            ex.UnknownConfigurationKeyError,
+        )  # fmt: skip
+        for number in range(1, self.patience.num_tries + 1):
+            try:
+                return call()
+            except (ex.NotFoundError, FileNotFoundError):
+                return None
+            except (ex.BaseError, OSError) as error:
+                what = _in_one_line(error)
+                if isinstance(error, final) or number == self.patience.num_tries:
+                    hint = "check the credentials and their rights" if isinstance(error, final) else "run again to go on"
+                    raise StoreError(f"{self.url}/{name}: {what}; {hint}") from None
+                log.warning("%s/%s: %s; tried again", self.url, name, what)
+                time.sleep(min(2.0**number, self.patience.retry_seconds / 10))
+        raise AssertionError("num_tries is at least 1")
+
+
+@lru_cache(maxsize=8)
+def _connect(url: str, endpoint: str | None, patience: Patience) -> "ObjectStore":
+    """A connection pool, kept for as long as the process lives. Credentials come from the environment alone."""
+    try:
+        from obstore.store import LocalStore, from_url
+    except ImportError:
+        raise SettingsError(f"{url}: a shared store needs obstore; pip install 'seqmill[s3]'") from None
+    parts = urlsplit(url)
+    if parts.scheme == "file":
+        return LocalStore(prefix=unquote(parts.path), mkdir=True)
+    options: dict[str, Any] = {"endpoint": endpoint, "virtual_hosted_style_request": False} if endpoint else {}
+    store: ObjectStore = from_url(
+        url,
+        **options,
+        client_options={
+            "allow_http": (endpoint or "").startswith("http://"),
+            "connect_timeout": timedelta(seconds=patience.connect_seconds),
+            "read_timeout": timedelta(seconds=patience.read_seconds),
+            "timeout": timedelta(hours=1),  # of a whole request: a slow line is no fault, a silent one is
+        },
+        retry_config={
+            "max_retries": patience.num_retries,
+            "retry_timeout": timedelta(seconds=patience.retry_seconds),
+            "backoff": {"init_backoff": timedelta(seconds=0.2), "max_backoff": timedelta(seconds=10), "base": 2},
+        },
+    )
+    return store
+
+
+def _in_one_line(error: Exception) -> str:
+    """What an error says, without the server's XML, which may hold the name of a credential."""
+    text = str(error).split("Debug source")[0].split("<")[0]
+    return " ".join(text.split())[:300].rstrip(" :,") or type(error).__name__
+
+
+class _Told:
+    """Tells a bar how far an upload is; what a failed try told is taken back by the next."""
+
+    def __init__(self, advance: Advance) -> None:
+        self._advance, self._sent = advance, 0
+
+    def begin(self) -> None:
+        self._advance(-self._sent)
+        self._sent = 0
+
+    def advance(self, amount: int) -> None:
+        self._sent += amount
+        self._advance(amount)
+
+
+def _parts(source: Path, part_bytes: int, advance: Advance) -> Iterator[bytes]:
+    with source.open("rb", buffering=0) as file:
+        while data := file.read(part_bytes):
+            yield data
+            advance(len(data))
+
+
+def _noted(notes: Path) -> set[int]:
+    try:
+        return {int(line) for line in notes.read_text().splitlines() if line.isdigit()}
+    except OSError:
+        return set()
+
+
+def _write_at(handle: int, data: memoryview, start: int) -> None:
+    while data:
+        written = os.pwrite(handle, data, start)
+        data, start = data[written:], start + written

@@ -1,0 +1,396 @@
+"""A store that many machines share: a bucket, with a folder of this machine as the cache of what is read from it.
+
+Reads and writes  <url>/<kind>/<key>/<digest>/<file>     an artifact's files, each below the digest of its bytes
+                  <url>/<kind>/<key>/manifest.json       the commit: put last, and only where none is
+                  <url>/.claims, <url>/.damaged          who builds now; manifests of what was set aside
+                  <cache>/<kind>/<key>/                  as a local store has it, files as they are asked for
+
+A find is one request for a manifest, and no listing decides anything. Two builders of one key write files to places of
+their own, as the digests differ, and one of their manifests stands: an artifact is never a mixture. A file is fetched when
+its path is asked for, checked against its digest, and from then on it is a local file like any other.
+"""
+
+import contextlib
+import fcntl
+import logging
+import os
+import re
+import shutil
+import time
+import uuid
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from datetime import datetime
+from pathlib import Path
+from typing import Any, NoReturn, TypeVar
+
+from pydantic import ValidationError
+
+from tasks.errors import StoreError
+from tasks.machine import Advance, Progress, quiet
+from tasks.store.artifact import MANIFEST_NAME, Artifact, FileEntry, Manifest, ShardEntry
+from tasks.store.bucket import SCHEMES, Bucket, Patience
+from tasks.store.claim import claimed
+from tasks.store.digest import Digest, digest_bytes, digest_file, digest_json, fsync_path, write_atomically
+from tasks.store.store import KIND, ArtifactStore
+
+log = logging.getLogger(__name__)
+
+FORM = ".store.json"
+# Requests at once where many small ones are made: at 20 ms each, some 800 a second.
+NUM_REQUESTS = 16
+SHOWN_BYTES = 32 << 20  # a transfer below this is over before a bar is read
+FETCHING, HOLDER = ".fetching", ".holder"
+
+A = TypeVar("A")
+B = TypeVar("B")
+
+
+@dataclass(frozen=True)
+class SharedArtifact(Artifact):
+    """An artifact of a shared store: to ask for the path of a file fetches the file."""
+
+    store: "SharedStore" = field(kw_only=True, repr=False, compare=False)
+
+    @property
+    def path(self) -> Path:
+        for entry in self.manifest.files:
+            self.store.fetch(self, entry)
+        return self.folder
+
+    def file(self, name: str) -> Path:
+        return self.store.fetch(self, self.entry(name))
+
+    def shard_file(self, entry: ShardEntry, name: str) -> Path:
+        shard = self.store.load(entry.kind, entry.key)
+        if shard is None or shard.content != entry.content:
+            self.store.lose(self, f"shard {entry.name} ({entry.kind}/{entry.key[:12]}) is {'another' if shard else 'missing'}")
+        return shard.file(name)
+
+
+class SharedStore(ArtifactStore):
+    """All artifacts below one URL. Picklable: another process of this machine opens it over the same cache."""
+
+    def __init__(
+        self,
+        url: str,
+        cache: Path,
+        *,
+        endpoint: str | None = None,
+        claim_seconds: float = 60.0,
+        patience: Patience | None = None,
+        progress: Progress = quiet,
+    ) -> None:
+        super().__init__(cache_folder(url, cache, endpoint))
+        self.bucket, self.claim_seconds, self.progress = Bucket(url, endpoint, patience), claim_seconds, progress
+        self._is_checked = False
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "progress": quiet}  # a bar belongs to the process that shows it
+
+    @property
+    def address(self) -> str:
+        return self.bucket.url
+
+    def place(self, kind: str, key: Digest) -> str:
+        return f"{self.bucket.url}/{_manifest_name(kind, key)}"
+
+    # To find
+
+    def find(self, kind: str, key: Digest) -> Artifact | None:
+        artifact = self.load(kind, key)
+        return artifact if artifact and not self.damage(artifact) else None
+
+    def load(self, kind: str, key: Digest) -> Artifact | None:
+        """The artifact as its manifest tells it, unchecked.
+
+        A shard's is asked for once, any other's every time: a bucket may be cleared.
+        """
+        known = super().load(kind, key) if kind.endswith("-shard") and self._has(kind, key) else None
+        if known:
+            return self._artifact(known.manifest)
+        data = self.bucket.get(_manifest_name(kind, key))
+        if data is None:
+            return None
+        try:
+            manifest = Manifest.model_validate_json(data)
+        except ValidationError:
+            log.warning("%s: unreadable manifest; the artifact counts as absent", self.place(kind, key))
+            return None
+        self._remember(kind, key, data, manifest)
+        return self._artifact(manifest)
+
+    def damage(self, artifact: Artifact, digests: bool = False) -> str | None:
+        """What is wrong with an artifact: with its manifest, or (asked for) with the bytes of its files and its shards.
+
+        Its shards were there before its manifest was put; one that is lost since is found when it is fetched.
+        """
+        if artifact.key != digest_json(artifact.manifest.identity):
+            return "the manifest's key is not the digest of its identity"
+        if not digests:
+            return None
+        found = (self.file_problem(artifact, entry) for entry in artifact.manifest.files)
+        return next((problem for problem in found if problem), None) or self._damaged_shard(artifact, digests)
+
+    def file_problem(self, artifact: Artifact, entry: FileEntry, advance: Advance = lambda amount: None) -> str | None:
+        """Reads the file from the bucket, cached or not; a cache without it keeps it, for the counts are checked next."""
+        with self._fetching(artifact, entry) as partial:
+            problem = self._download(artifact, entry, partial, advance)
+            if problem is None and not _is_whole(artifact.folder / entry.name, entry):
+                self._keep_file(artifact, entry, partial)
+        return problem
+
+    def find_all(self, kind: str, keys: Sequence[Digest]) -> list[Artifact | None]:
+        return self._at_once(lambda key: self.find(kind, key), keys)
+
+    def load_all(self, refs: Sequence[tuple[str, Digest]]) -> list[Artifact | None]:
+        return self._at_once(lambda ref: self.load(*ref), refs)
+
+    def kinds(self) -> list[str]:
+        """The kinds that the bucket lists or the cache knows."""
+        return sorted({*super().kinds(), *(name for name in self.bucket.names() if KIND.fullmatch(name))})
+
+    def keys(self, kind: str, prefix: str = "") -> list[Digest]:
+        """The keys that the bucket lists or the cache knows; a whole key is taken at its word."""
+        if len(prefix) == len(digest_bytes(b"")):
+            return [Digest(prefix)]
+        listed = {Digest(name) for name in self.bucket.names(kind) if name.startswith(prefix)}
+        return sorted({*super().keys(kind, prefix), *listed})
+
+    def learn(self) -> None:
+        """Get the manifests of all that is no shard, so that the cache can be asked what is like what."""
+        list(self.artifacts(shards=False))
+
+    # To build
+
+    @contextmanager
+    def lock(self, kind: str, key: Digest) -> Iterator[None]:
+        """Hold the one builder's place for a key: on this machine by flock(2), among machines by a claim that is renewed."""
+        with super().lock(kind, key), claimed(self.bucket, f"{kind}-{key}", self._holder(), self.claim_seconds):
+            yield
+
+    def restore(self, kind: str, key: Digest) -> Artifact | None:
+        """The artifact of a commit that was killed in its upload, or of a cache that has it whole where the bucket lost it."""
+        for folder in (self.root / ".staging" / kind / key, self.root / kind / key):
+            try:
+                manifest = Manifest.model_validate_json((folder / MANIFEST_NAME).read_bytes())
+            except (OSError, ValidationError):
+                continue
+            if manifest.key == key and all(_has_digest(folder / entry.name, entry) for entry in manifest.files):
+                log.info("%s/%s: built before, by a run that ended in its upload; goes on", kind, key[:12])
+                return replace(self._publish(manifest, folder), found=True)
+        return None
+
+    def set_aside(self, kind: str, key: Digest, problem: str) -> None:
+        """Take a damaged artifact's manifest out of its place; what the cache has whole may still be restored."""
+        name = _manifest_name(kind, key)
+        if data := self.bucket.get(name):
+            target = f".damaged/{kind}-{key}-{time.time_ns()}.json"
+            self.bucket.put(target, data)
+            self.bucket.delete(name)
+            log.warning("%s/%s: damaged (%s); set aside in %s/%s", kind, key[:12], problem, self.bucket.url, target)
+
+    def lose(self, artifact: Artifact, problem: str) -> NoReturn:
+        """Set aside an artifact that cannot be read, and those that list it. Raises StoreError, always."""
+        self.set_aside(artifact.kind, artifact.key, problem)
+        shutil.rmtree(artifact.folder, ignore_errors=True)
+        if artifact.kind.endswith("-shard"):
+            # What this run reads is known to the cache, whatever a listing says: a run once more builds the shard again.
+            for parent in self.artifacts(artifact.kind.removesuffix("-shard")):
+                if any(entry.key == artifact.key for entry in parent.manifest.shards):
+                    self.set_aside(parent.kind, parent.key, f"its shard {artifact.key[:12]} is damaged")
+        raise StoreError(f"{self.place(artifact.kind, artifact.key)}: {problem}; it was set aside: run again to rebuild it")
+
+    # To fetch
+
+    def fetch(self, artifact: Artifact, entry: FileEntry) -> Path:
+        """The path of a file in the cache, fetched and checked where it is not there yet."""
+        path = artifact.folder / entry.name
+        if _is_whole(path, entry):
+            return path
+        with self._fetching(artifact, entry) as partial:
+            if _is_whole(path, entry):  # by another process while this one waited
+                return path
+            with self._bar(f"fetch {entry.name}", entry.num_bytes) as advance:
+                # Twice, for what came over the line wrong may come right; a bucket's own damage does not.
+                problem = self._download(artifact, entry, partial, advance)
+                problem = problem and self._download(artifact, entry, partial, advance)
+            if problem:
+                self.lose(artifact, problem)
+            self._keep_file(artifact, entry, partial)
+        return path
+
+    @contextmanager
+    def _fetching(self, artifact: Artifact, entry: FileEntry) -> Iterator[Path]:
+        """The place of a file that is being fetched, held by one process; what a killed one left is gone on with."""
+        partial = self.root / FETCHING / f"{artifact.kind}-{artifact.key[:16]}-{entry.digest[:16]}"
+        try:
+            partial.parent.mkdir(parents=True, exist_ok=True)
+            with partial.with_name(f"{partial.name}.lock").open("a") as handle:
+                fcntl.flock(handle, fcntl.LOCK_EX)
+                yield partial
+                for left in (partial, partial.with_name(f"{partial.name}.ranges"), Path(handle.name)):
+                    left.unlink(missing_ok=True)
+        except OSError as error:
+            raise StoreError(
+                f"{error.filename or partial}: {error.strerror or error}; mend that, or name another cache in SEQMILL_CACHE"
+            ) from error
+
+    def _download(self, artifact: Artifact, entry: FileEntry, partial: Path, advance: Advance) -> str | None:
+        """What is wrong with a file in the bucket, in one line; None where ``partial`` now has its bytes."""
+        if not self.bucket.download(_file_name(artifact.manifest, entry), partial, entry.num_bytes, advance):
+            problem = f"{entry.name} is missing or shorter than its manifest says ({entry.num_bytes} bytes)"
+        elif (found := digest_file(partial)) != entry.digest:
+            problem = f"{entry.name} has the digest {found[:12]}, its manifest says {entry.digest[:12]}"
+        else:
+            return None
+        for left in (partial, partial.with_name(f"{partial.name}.ranges")):
+            left.unlink(missing_ok=True)
+        return problem
+
+    def _keep_file(self, artifact: Artifact, entry: FileEntry, partial: Path) -> None:
+        path = artifact.folder / entry.name
+        fsync_path(partial)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial.rename(path)
+        _date(artifact.folder, artifact.manifest)
+
+    # To commit
+
+    def _place(self, manifest: Manifest) -> Artifact:
+        return self._publish(manifest, self.root / ".staging" / manifest.kind / manifest.key)
+
+    def _publish(self, manifest: Manifest, folder: Path) -> Artifact:
+        """Upload what is in ``folder``, put the manifest, and make the folder the cache's. The first manifest put is kept."""
+        self._refuse_without_conditions()
+        self._restore_shards(manifest.shards)
+        self._at_once(lambda entry: self._upload(manifest, entry, folder), manifest.files)
+        data = (folder / MANIFEST_NAME).read_bytes()
+        is_ours = self.bucket.put_new(_manifest_name(manifest.kind, manifest.key), data)
+        target = self.root / manifest.kind / manifest.key
+        if not is_ours and (theirs := self.bucket.get(_manifest_name(manifest.kind, manifest.key))) not in (None, data):
+            log.info("%s/%s: another builder was first; its artifact is kept", manifest.kind, manifest.key[:12])
+            shutil.rmtree(folder)
+            first = self.load(manifest.kind, manifest.key)
+            assert first is not None, theirs
+            return first
+        if folder != target:
+            shutil.rmtree(target, ignore_errors=True)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            folder.rename(target)
+        return self._artifact(manifest, found=False)
+
+    def _upload(self, manifest: Manifest, entry: FileEntry, folder: Path) -> None:
+        name = _file_name(manifest, entry)
+        if entry.num_bytes >= SHOWN_BYTES and self.bucket.num_bytes(name) == entry.num_bytes:
+            return  # by an earlier try: an object appears whole, and its name is the digest of its bytes
+        with self._bar(f"upload {entry.name}", entry.num_bytes) as advance:
+            self.bucket.upload(folder / entry.name, name, advance)
+
+    def _restore_shards(self, entries: Sequence[ShardEntry]) -> None:
+        """See that every shard to be listed is in the bucket; one that was cleared away is uploaded out of the cache."""
+
+        def restore(entry: ShardEntry) -> ShardEntry | None:
+            if self.bucket.num_bytes(_manifest_name(entry.kind, entry.key)) is not None:
+                return None
+            return None if self.restore(entry.kind, entry.key) else entry
+
+        gone = [entry for entry in self._at_once(restore, entries) if entry]
+        for entry in gone:
+            shutil.rmtree(self.root / entry.kind / entry.key, ignore_errors=True)
+        if gone:
+            raise StoreError(
+                f"{self.place(gone[0].kind, gone[0].key)}: shard {gone[0].name} is gone from the bucket "
+                f"({len(gone)} of {len(entries)} are); run again to rebuild it"
+            )
+
+    def _refuse_without_conditions(self) -> None:
+        """Raise StoreError where the server takes a second object of a name that was to be new: builders would not be apart."""
+        if self._is_checked:
+            return
+        data = b'{"form": 1}'
+        if self.bucket.put_new(FORM, data) and self.bucket.put_new(FORM, data):
+            raise StoreError(
+                f"{self.bucket.url}: the server ignores If-None-Match, so that two builders could tear an artifact; "
+                "use one that knows conditional writes, or a shared folder as the store"
+            )
+        self._is_checked = True
+
+    # The cache
+
+    def _artifact(self, manifest: Manifest, *, found: bool = True) -> SharedArtifact:
+        return SharedArtifact(self.root, manifest, found, store=self)
+
+    def _has(self, kind: str, key: Digest) -> bool:
+        return (self.root / kind / key / MANIFEST_NAME).exists()
+
+    def _remember(self, kind: str, key: Digest, data: bytes, manifest: Manifest) -> None:
+        path = self.root / kind / key / MANIFEST_NAME
+        with contextlib.suppress(OSError):  # a cache that cannot be written asks again
+            if not path.exists() or path.read_bytes() != data:
+                write_atomically(path, data)
+                _date(path.parent, manifest)
+
+    def _holder(self) -> str:
+        """The name of this cache folder, by which a builder knows an earlier process of its own."""
+        path = self.root / HOLDER
+        try:
+            return path.read_text()
+        except FileNotFoundError:
+            own = self.root / f"{HOLDER}-{uuid.uuid4().hex}"
+            write_atomically(own, own.name.encode())
+            with contextlib.suppress(FileExistsError):
+                os.link(own, path)
+            own.unlink()
+            return path.read_text()
+
+    def _bar(self, label: str, num_bytes: int) -> contextlib.AbstractContextManager[Advance]:
+        return (self.progress if num_bytes >= SHOWN_BYTES else quiet)(label, num_bytes, "B")
+
+    def _at_once(self, function: Callable[[A], B], items: Sequence[A]) -> list[B]:
+        if len(items) < 2:
+            return [function(item) for item in items]
+        with ThreadPoolExecutor(NUM_REQUESTS, thread_name_prefix="requests") as pool:
+            return list(pool.map(function, items))
+
+
+def is_url(store: str) -> bool:
+    """Whether a store's address is that of a shared one."""
+    return store.partition("://")[0] in SCHEMES and "://" in store
+
+
+def cache_folder(url: str, cache: Path, endpoint: str | None = None) -> Path:
+    """The folder below ``cache`` that belongs to one URL: what one bucket has, another may not."""
+    url = url.rstrip("/")
+    readable = re.sub(r"[^A-Za-z0-9.]+", "-", url.partition("://")[2]).strip("-")
+    digest = digest_bytes(" ".join([url, endpoint or ""]).encode())
+    return cache.expanduser().absolute() / f"{readable}-{digest[:8]}"
+
+
+def store_of(artifact: Artifact) -> ArtifactStore:
+    """The store that an artifact is of, in whichever process it arrived."""
+    return artifact.store if isinstance(artifact, SharedArtifact) else ArtifactStore(artifact.root)
+
+
+def _manifest_name(kind: str, key: Digest) -> str:
+    return f"{kind}/{key}/{MANIFEST_NAME}"
+
+
+def _file_name(manifest: Manifest, entry: FileEntry) -> str:
+    return f"{manifest.kind}/{manifest.key}/{entry.digest}/{entry.name}"
+
+
+def _is_whole(path: Path, entry: FileEntry) -> bool:
+    return path.is_file() and path.stat().st_size == entry.num_bytes
+
+
+def _has_digest(path: Path, entry: FileEntry) -> bool:
+    return _is_whole(path, entry) and digest_file(path) == entry.digest
+
+
+def _date(folder: Path, manifest: Manifest) -> None:
+    """Give a cached artifact's folder the time of its build, from which what was found is told from what was built."""
+    built = datetime.fromisoformat(manifest.created).timestamp()
+    os.utime(folder, (built, built))
