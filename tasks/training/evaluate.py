@@ -23,10 +23,12 @@ import torch
 from tasks.errors import CorpusError
 from tasks.schemas import IGNORED_LABEL
 from tasks.store import write_atomically
+from tasks.training.adapters.virtual import positions_left
 from tasks.training.evaluation import EvaluatorPlan, labels_of, read_blocks, read_held_out
 from tasks.training.generate import LanguageModel, continue_text, greedy_answers, load_language_model
 from tasks.training.likelihood import answer_losses, summed_loss
 from tasks.training.rank import report_metrics
+from tasks.training.speed import decoding_speed
 
 log = logging.getLogger(__name__)
 
@@ -48,8 +50,8 @@ def evaluate(plan: EvaluatorPlan) -> None:
         "samples": list(samples(loaded, plan.spec)),
         "harness": harness_results(loaded, plan) if plan.spec["harness"] else None,
     }
-    seconds = round(time.perf_counter() - started, 3)
-    write_atomically(Path(plan.result_path), orjson.dumps({**result, "seconds": seconds}))
+    measured = {"seconds": round(time.perf_counter() - started, 3), "decoding": decoding_speed(loaded)}
+    write_atomically(Path(plan.result_path), orjson.dumps({**result, **measured}))
 
 
 @torch.inference_mode()
@@ -61,7 +63,7 @@ def validate(model: Any, blocks: Iterator[np.ndarray], batch_size: int, boundary
     """
     loss_sum, num_blocks, num_tokens = 0.0, 0, 0
     while rows := list(islice(blocks, batch_size)):
-        ids_BT = np.stack(rows).astype(np.int64)
+        ids_BT = np.stack(rows).astype(np.int64)[:, : positions_left(model)]  # virtual tokens take some of a block
         input_ids_BT = torch.from_numpy(ids_BT)
         _check_vocabulary(input_ids_BT, model.config.vocab_size)
         input_ids_BT = input_ids_BT.to(model.device)
