@@ -15,6 +15,7 @@ from flows.settings import free_bytes
 from tasks.errors import DiskSpaceError
 from tasks.machine import Machine
 from tasks.store import ArtifactStore
+from tasks.training.adapter import AdapterSpec, check_machine
 from tasks.training.optimization import OptimizationSpec
 from tasks.training.plan import derive_batch
 
@@ -24,10 +25,12 @@ BYTES_PER_PARAMETER = {"pretrained": 2 + 2 * 14, "finetuned": 2 + 2 * 14, "adapt
 
 
 def check_ranks(nodes: Iterable[Node], machine: Machine) -> None:
-    """Raise SettingsError where this machine's ranks and a global batch do not go together."""
+    """Raise SettingsError where this machine's ranks and a global batch, or its ZeRO stage and an adapter, do not go together."""
     for node in nodes:
         if isinstance(node.spec, OptimizationSpec):
             derive_batch(node.spec.global_batch_size, machine.training, row_logits=1)
+        if isinstance(node.spec, AdapterSpec):
+            check_machine(node.spec, machine.training)
 
 
 def check_space(recipe: Recipe, steps: Iterable[Step], store: ArtifactStore, machine: Machine) -> int:

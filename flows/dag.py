@@ -68,9 +68,9 @@ def nodes_of(recipe: Recipe) -> tuple[Node, ...]:
     if recipe.finetuned:
         nodes.append(_trained(recipe, "finetuned", build_finetuned, recipe.finetuned, base))
         nodes += _judged(recipe, "finetuned", {"model": "finetuned"}, parent=base)
-    if recipe.adapter:
-        nodes.append(_trained(recipe, "adapter", build_adapter, recipe.adapter, recipe.adapter.base))
-        nodes += _judged(recipe, "adapter", {"model": recipe.adapter.base, "adapter": "adapter"}, parent=recipe.adapter.base)
+    for name, spec in recipe.every_adapter.items():
+        nodes.append(_trained(recipe, name, build_adapter, spec, spec.base))
+        nodes += _judged(recipe, name, {"model": spec.base, "adapter": name}, parent=spec.base)
     told = {node.name: node.name for node in nodes if node.kind != "gate"}
     nodes.append(Node("report", build_report, recipe.report, told, after=tuple(f"gate_{name}" for name in recipe.gates)))
     return tuple(nodes)

@@ -8,10 +8,10 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal, get_origin
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError, model_validator
 
 import flows.recipes
 from tasks.corpus.archive import ArchiveSpec
@@ -28,6 +28,8 @@ from tasks.training.finetuned import FinetunedSpec
 from tasks.training.gate import HARNESS, GateSpec
 from tasks.training.pretrained import PretrainedSpec
 from tasks.training.published import PublishedSpec
+
+AdapterName = Annotated[str, StringConstraints(pattern=r"^[a-z][a-z0-9_]*$")]
 
 RECIPES_DIR = Path(flows.recipes.__file__).parent
 
@@ -52,7 +54,10 @@ class Recipe(BaseModel):
     held_out: ArchiveSpec | None = Field(None, description="conversations kept out of training, for accuracy")
     examples: ExamplesSpec | None = Field(None, description="conversations to packed ids and labels")
     finetuned: FinetunedSpec | None = Field(None, description="the instruction-tuned model")
-    adapter: AdapterSpec | None = Field(None, description="the LoRA adapter")
+    adapter: AdapterSpec | None = Field(None, description="the adapter")
+    adapters: dict[AdapterName, AdapterSpec] = Field(
+        default_factory=dict, description="adapters to be compared, by name; each is a branch of the same run"
+    )
     evaluation: EvaluationSpec | None = Field(None, description="what every model is measured on")
     gates: dict[str, GateSpec] = Field(default_factory=dict, description="bounds that a model must keep, by the model's section")
     report: ReportSpec = Field(ReportSpec(), description="the page")
@@ -61,6 +66,12 @@ class Recipe(BaseModel):
     def base(self) -> Literal["published", "pretrained"]:
         """The section of the model that everything later stands on."""
         return "published" if self.published else "pretrained"
+
+    @property
+    def every_adapter(self) -> dict[str, AdapterSpec]:
+        """By the name of its node: adapter, and adapter_<name> for each of those to be compared."""
+        alone = {"adapter": self.adapter} if self.adapter else {}
+        return {**alone, **{f"adapter_{name}": spec for name, spec in self.adapters.items()}}
 
     @model_validator(mode="after")
     def _begins(self) -> "Recipe":
@@ -92,11 +103,15 @@ class Recipe(BaseModel):
             for other in required:
                 if getattr(self, section) is not None and getattr(self, other) is None:
                     raise ValueError(f"{section}: needs the section {other}, which is absent; add it or leave {section} out")
+        for name, spec in self.adapters.items():
+            for other in (spec.base, "examples"):
+                if getattr(self, other) is None:
+                    raise ValueError(f"adapters.{name}: needs the section {other}, which is absent; add it or leave {name} out")
         return self
 
     @model_validator(mode="after")
     def _gates_fit(self) -> "Recipe":
-        models = [name for name in (self.base, "finetuned", "adapter") if getattr(self, name)]
+        models = [*(name for name in (self.base, "finetuned") if getattr(self, name)), *self.every_adapter]
         for name, gate in self.gates.items():
             where = f"gates.{name}"
             if name not in models:
@@ -239,8 +254,11 @@ def _one_line(error: ValidationError) -> str:
 
 def _known_fields(location: tuple[int | str, ...]) -> list[str]:
     model: Any = Recipe
-    for part in location:
+    parts = iter(location)
+    for part in parts:
         annotation = model.model_fields[str(part)].annotation
+        if get_origin(annotation) is dict:
+            next(parts, None)  # a name that the recipe gives, such as an adapter's
         options = [annotation, *getattr(annotation, "__args__", ())]
         model = next(option for option in options if isinstance(option, type) and issubclass(option, BaseModel))
     return list(model.model_fields)

@@ -3,15 +3,19 @@
 import logging
 import time
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from typing import Any
 
+from prefect.futures import as_completed
 from prefect.logging.handlers import APILogWorker
 
 from flows.checks import check_ranks
-from flows.console import console_progress
-from flows.dag import ending_with, nodes_of
+from flows.console import console_progress, console_reports
+from flows.dag import Node, ending_with, nodes_of
 from flows.recipe import load_recipe
 from flows.settings import load_settings
+from flows.walk import side_by_side
+from tasks.machine import Machine, quiet
 from tasks.stages import TASKS
 from tasks.store import Artifact, ArtifactStore
 
@@ -27,27 +31,55 @@ def run_recipe(name_or_path: str, overrides: Mapping[str, Any] | None, ends: Ite
         logging.getLogger(logger).setLevel(logging.INFO)
     recipe = load_recipe(name_or_path, overrides)
     settings = load_settings()
-    store, machine = ArtifactStore(settings.store_root), settings.machine(console_progress())
+    store = ArtifactStore(settings.store_root)
+    machine = replace(settings.machine(console_progress()), on_metrics=console_reports(), recipe=recipe.name)
     nodes = ending_with(nodes_of(recipe), ends)
     check_ranks(nodes, machine)
-    artifacts: dict[str, Artifact] = {}
-    states: dict[str, Any] = {}
-    rows = []
-    for node in nodes:
-        start = time.perf_counter()
-        state = TASKS[node.kind](
-            f"{recipe.name} {node.name}",
-            store,
-            machine,
-            node.spec,
-            {name: artifacts[source] for name, source in node.inputs.items()},
-            wait_for=[states[source] for source in (*node.inputs.values(), *node.after)],
-            return_state=True,
-        )
-        states[node.name] = state
-        artifact = artifacts[node.name] = state.result()
-        rows.append(_row(node.name, artifact, time.perf_counter() - start))
-    return rows
+    walk = Walk(recipe.name, store, machine)
+    if (num_slots := machine.training.num_slots) == 1:
+        for node in nodes:
+            walk.build(node)
+    else:
+        # Two bars cannot stand in one terminal.
+        walk.machine = replace(machine, progress=quiet, on_metrics=None)
+        side_by_side(nodes, num_slots, walk.submit, as_completed, walk.done)
+    return [walk.rows[node.name] for node in nodes]
+
+
+class Walk:
+    """What is built of a recipe's nodes, and how Prefect is told."""
+
+    def __init__(self, recipe: str, store: ArtifactStore, machine: Machine) -> None:
+        self.recipe, self.store, self.machine = recipe, store, machine
+        self.artifacts: dict[str, Artifact] = {}
+        self.told: dict[str, Any] = {}  # Prefect's state or future of every node that has begun: what others wait for
+        self.started: dict[str, float] = {}
+        self.rows: dict[str, dict[str, Any]] = {}
+
+    def build(self, node: Node) -> None:
+        """Find or build one node, in this thread: the one that hears signals."""
+        state = TASKS[node.kind](*self._arguments(node), wait_for=self._awaited(node), return_state=True)
+        self.told[node.name] = state
+        self.done(node, state.result())
+
+    def submit(self, node: Node) -> Any:
+        """Begin to find or build one node, in a thread of Prefect's."""
+        future = TASKS[node.kind].submit(*self._arguments(node), wait_for=self._awaited(node))
+        self.told[node.name] = future
+        return future
+
+    def done(self, node: Node, artifact: Artifact) -> None:
+        """Note what came of a node."""
+        self.artifacts[node.name] = artifact
+        self.rows[node.name] = _row(node.name, artifact, time.perf_counter() - self.started[node.name])
+
+    def _arguments(self, node: Node) -> tuple[Any, ...]:
+        self.started[node.name] = time.perf_counter()
+        inputs = {name: self.artifacts[source] for name, source in node.inputs.items()}
+        return f"{self.recipe} {node.name}", self.store, self.machine, node.spec, inputs
+
+    def _awaited(self, node: Node) -> list[Any]:
+        return [self.told[source] for source in (*node.inputs.values(), *node.after)]
 
 
 def send_logs() -> None:

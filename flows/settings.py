@@ -36,6 +36,11 @@ class Settings(BaseSettings):
     num_ranks: int | None = Field(None, ge=1, description="training ranks; absent: one a GPU, else one a core")
     micro_batch_size: int | None = Field(None, ge=1, description="rows per device per forward; absent: derived")
     threads_per_rank: int = Field(1, ge=1, description="CPU threads a rank")
+    training_slots: int = Field(
+        1,
+        ge=1,
+        description="stages that train or evaluate at the same time, where branches allow it, each on its share of the cores",
+    )
     stop_seconds: float = Field(
         600, ge=0, description="from SIGTERM on, for the step under way and its checkpoint; then the ranks are killed"
     )
@@ -84,6 +89,7 @@ class Settings(BaseSettings):
                 monitors=self.monitor_names,
                 threads_per_rank=self.threads_per_rank,
                 stop_seconds=self.stop_seconds,
+                num_slots=self.training_slots,
             ),
             progress=progress,
         )

@@ -68,6 +68,7 @@ class TrainingSettings:
     # From SIGTERM on, for the step under way, its checkpoint and the ranks' end. Who asked mostly waits for less: Slurm,
     # Kubernetes and Prefect for 30 s, and torchrun too, where the signal went to the whole process group.
     stop_seconds: float = 600
+    num_slots: int = 1  # so many stages that train or evaluate may run at the same time, each on its share of the cores
 
 
 @dataclass(frozen=True)

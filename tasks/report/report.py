@@ -30,47 +30,9 @@ class ReportSpec(Spec):
 
 
 @stage("report", revision=2)
-def build_report(
-    work: Work,
-    spec: ReportSpec,
-    *,
-    archive: Artifact | None = None,
-    documents: Artifact | None = None,
-    tokenizer: Artifact | None = None,
-    tokens: Artifact | None = None,
-    blocks: Artifact | None = None,
-    published: Artifact | None = None,
-    pretrained: Artifact | None = None,
-    conversations: Artifact | None = None,
-    held_out: Artifact | None = None,
-    examples: Artifact | None = None,
-    finetuned: Artifact | None = None,
-    adapter: Artifact | None = None,
-    evaluation_published: Artifact | None = None,
-    evaluation_pretrained: Artifact | None = None,
-    evaluation_finetuned: Artifact | None = None,
-    evaluation_adapter: Artifact | None = None,
-) -> Built:
-    """Write the report on the artifacts that there are; a section without its artifacts is left out."""
-    given = {
-        "archive": archive,
-        "documents": documents,
-        "tokenizer": tokenizer,
-        "tokens": tokens,
-        "blocks": blocks,
-        "published": published,
-        "pretrained": pretrained,
-        "conversations": conversations,
-        "held_out": held_out,
-        "examples": examples,
-        "finetuned": finetuned,
-        "adapter": adapter,
-        "evaluation_published": evaluation_published,
-        "evaluation_pretrained": evaluation_pretrained,
-        "evaluation_finetuned": evaluation_finetuned,
-        "evaluation_adapter": evaluation_adapter,
-    }
-    page = page_of({name: artifact for name, artifact in given.items() if artifact}, spec.title)
+def build_report(work: Work, spec: ReportSpec, **artifacts: Artifact) -> Built:
+    """Write the report on the artifacts that there are, by node name; a section without its artifacts is left out."""
+    page = page_of(artifacts, spec.title)
     for plot in page.plots():
         (work.folder / f"{plot.name}.png").write_bytes(plot.png)
     (work.folder / "report.html").write_text(render(page, "page.html.jinja"), encoding="utf-8")

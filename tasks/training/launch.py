@@ -79,11 +79,22 @@ def run_worker(
         raise listener.error(code)
 
 
+# What asks the runs that other threads than the main one care for.
+_askers: list[Callable[[], None]] = []
+
+
+def stop_all() -> int:
+    """Ask every run that another thread than the main one cares for to save and end; returns how many there are."""
+    for ask in tuple(_askers):
+        ask()
+    return len(_askers)
+
+
 @contextmanager
 def stop_on_sigterm(stop_path: Path | None, seconds: float) -> Iterator[Callable[[], bool]]:
     """While it lasts, SIGTERM writes ``stop_path``; yields what says whether so many seconds have passed since.
 
-    Signals are heard by the main thread alone: from another, only a signal to the ranks themselves asks them.
+    Signals are heard by the main thread alone: in another it is ``stop_all`` that asks, or a signal to the ranks themselves.
     """
     asked: list[float] = []
 
@@ -92,14 +103,23 @@ def stop_on_sigterm(stop_path: Path | None, seconds: float) -> Iterator[Callable
         asked.append(time.monotonic())
         stop_path.touch()
 
-    if stop_path is None or threading.current_thread() is not threading.main_thread():
+    def is_overdue() -> bool:
+        return bool(asked) and time.monotonic() - asked[0] > seconds
+
+    if stop_path is None:
         yield lambda: False
-        return
-    before = signal.signal(signal.SIGTERM, ask)
-    try:
-        yield lambda: bool(asked) and time.monotonic() - asked[0] > seconds
-    finally:
-        signal.signal(signal.SIGTERM, before)
+    elif threading.current_thread() is not threading.main_thread():
+        _askers.append(ask)
+        try:
+            yield is_overdue
+        finally:
+            _askers.remove(ask)
+    else:
+        before = signal.signal(signal.SIGTERM, ask)
+        try:
+            yield is_overdue
+        finally:
+            signal.signal(signal.SIGTERM, before)
 
 
 def launcher_command(module: str, plan_path: Path, num_ranks: int, settings: TrainingSettings) -> list[str]:

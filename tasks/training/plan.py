@@ -94,8 +94,13 @@ def derive_num_ranks(global_batch_size: int, settings: TrainingSettings) -> int:
     if settings.hostfile:
         return count_slots(settings.hostfile)
     if num_gpus := count_gpus():
+        if settings.num_slots > 1:
+            raise SettingsError(
+                f"training_slots: {settings.num_slots}, and {num_gpus} GPUs, which are not shared out among stages; set it to 1"
+            )
         return num_gpus
-    return max(size for size in range(1, num_cores() + 1) if global_batch_size % size == 0)
+    cores = max(1, num_cores() // settings.num_slots)
+    return max(size for size in range(1, cores + 1) if global_batch_size % size == 0)
 
 
 def count_slots(hostfile: Path) -> int:

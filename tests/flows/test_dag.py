@@ -17,7 +17,7 @@ def test_the_demo_goes_from_archive_to_report_in_data_order() -> None:
 def test_every_input_is_an_input_of_the_build_and_comes_before_it() -> None:
     seen: set[str] = set()
     for node in nodes_of(load_recipe("demo")):
-        assert set(node.inputs) <= set(node.stage.input_names), node.name
+        assert node.stage.takes_any or set(node.inputs) <= set(node.stage.input_names), node.name
         assert set(node.inputs.values()) <= seen, node.name
         seen.add(node.name)
 
@@ -94,3 +94,27 @@ def test_a_run_that_ends_early_takes_only_what_its_end_stands_on() -> None:
     ]  # fmt: skip
     with pytest.raises(RecipeError, match="dumps: the recipe has no such stage; it has archive, documents"):
         ending_with(nodes, ["dumps"])
+
+
+ADAPTERS = {"adapters": {"lora": {"lora": {"rank": 2}}, "tokens": {"method": "prompt", "base": "pretrained"}}}
+
+
+def compared(**fields: object) -> dict[str, object]:
+    common = {"global_batch_size": 8, "num_steps": 2, "learning_rate": 1e-3}
+    return {f"adapters.{name}": {**common, **given, **fields} for name, given in ADAPTERS["adapters"].items()}
+
+
+def test_adapters_to_be_compared_are_branches_on_the_same_base() -> None:
+    nodes = {node.name: node for node in nodes_of(load_recipe("demo", compared()))}
+    assert list(nodes)[-7:] == [
+        "adapter", "evaluation_adapter", "adapter_lora", "evaluation_adapter_lora", "adapter_tokens", "evaluation_adapter_tokens",
+        "report",
+    ]  # fmt: skip
+    assert dict(nodes["adapter_lora"].inputs) == {"base": "finetuned", "examples": "examples"}
+    assert nodes["adapter_tokens"].inputs["base"] == "pretrained"
+    assert nodes["evaluation_adapter_lora"].inputs["adapter"] == "adapter_lora"
+    assert nodes["report"].inputs["evaluation_adapter_tokens"] == "evaluation_adapter_tokens"
+    assert nodes["adapter"].kind == nodes["adapter_lora"].kind == "adapter"
+    only = ending_with(tuple(nodes.values()), ["adapter_tokens"])
+    assert "finetuned" not in {node.name for node in only}
+    assert only[-1].name == "adapter_tokens"

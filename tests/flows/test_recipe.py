@@ -40,6 +40,9 @@ def test_numbers_are_read_as_people_write_them(minimal: Path) -> None:
     assert recipe.pretrained.learning_rate == 0.001
 
 
+TRAINED = {"global_batch_size": 2, "num_steps": 2, "learning_rate": 1e-3}
+
+
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
@@ -72,6 +75,9 @@ def test_numbers_are_read_as_people_write_them(minimal: Path) -> None:
         ({"name": "a b"}, r"name: found 'a b'; string should match pattern"),
         ({"held_out": {"url": "x"}}, r"held_out: needs the section examples, which is absent; add it or leave held_out out"),
         ({"archive.url": "ftp://x/y"}, r"archive.url: .*ftp"),
+        ({"adapters.Lora": {}}, r"adapters.Lora.\[key\]: found 'Lora'.*string should match pattern"),
+        ({"adapters.lora": {**TRAINED, "lora": {"rnk": 2}}}, r"adapters.lora.lora.rnk: unknown field.*; did you mean rank\?"),
+        ({"adapters.lora": {**TRAINED, "base": "pretrained"}}, r"adapters.lora: needs the section examples, which is absent"),
     ],
 )
 def test_a_mistake_is_one_line_that_says_where_what_and_what_to_do(
