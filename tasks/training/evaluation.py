@@ -103,7 +103,8 @@ def build_evaluation(
     plan_path = work.scratch / "plan.json"
     plan_path.write_bytes(orjson.dumps(asdict(plan)))
     # One process on this host with every core: it runs alone, whatever the training's launcher is.
-    settings = replace(work.machine.training, launcher="torchrun", hostfile=None, threads_per_rank=len(os.sched_getaffinity(0)))
+    num_threads = max(1, len(os.sched_getaffinity(0)) // work.machine.training.num_slots)
+    settings = replace(work.machine.training, launcher="torchrun", hostfile=None, threads_per_rank=num_threads)
     total = plan.num_blocks + plan.num_examples_rows + plan.num_held_out + len(spec.prompts) + len(spec.chat_prompts)
     with work.machine.progress("evaluation", total, "rows") as advance:
         run_worker(
