@@ -54,7 +54,8 @@ class Live:
         return "progress-" + re.sub(r"[^a-z0-9]+", "-", label.lower())
 
     def _now(self, label: str, shown: "Amount") -> tuple[float, str]:
-        return shown.percent, f"{self.name}: {self.told.get(label) or f'{label}: {shown}'}"
+        what = self.name if self.name.endswith(label) else f"{self.name}: {label}"
+        return shown.percent, f"{what}: {self.told.get(label, shown)}"
 
 
 class Amount:
@@ -70,7 +71,8 @@ class Amount:
 
     def __str__(self) -> str:
         seconds = time.monotonic() - self.started
-        told = f"{self._spelled(self.done)} of {self._spelled(self.total)}" if self.total else self._spelled(self.done)
+        done = f"{self.done:,}" if self.total and self.unit != "B" else self._spelled(self.done)
+        told = f"{done} of {self._spelled(self.total)}" if self.total else done
         if self.done and seconds >= 1:
             told += f", {self._spelled(self.done / seconds)}/s"
             if self.total and self.done < self.total:

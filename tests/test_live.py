@@ -51,8 +51,8 @@ def test_a_bar_is_an_artifact_that_ends_full(monkeypatch: pytest.MonkeyPatch) ->
         assert server.seen.wait(10)
         advance(150)
     assert server.keys == ["progress-train-rows"]
-    assert server.told[0] == (0.0, "demo documents: train rows: 0 examples of 200 examples")
-    assert server.told[-1] == (100.0, "demo documents: train rows: 200 examples of 200 examples")
+    assert server.told[0] == (0.0, "demo documents: train rows: 0 of 200 examples")
+    assert server.told[-1] == (100.0, "demo documents: train rows: 200 of 200 examples")
     assert moved == [50, 150]
 
 
@@ -92,4 +92,4 @@ def test_an_amount_is_spelled_in_its_unit_and_a_total_that_is_not_known_is_not_t
 def test_rate_and_time_left_are_told_after_a_second() -> None:
     amount = Amount(400, "documents")
     amount.done, amount.started = 100, amount.started - 10
-    assert str(amount) == "100 documents of 400 documents, 10 documents/s, 0:00:30 left"
+    assert str(amount) == "100 of 400 documents, 10 documents/s, 0:00:30 left"
