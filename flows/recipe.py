@@ -180,6 +180,8 @@ def load_recipe(name_or_path: str, overrides: Mapping[str, Any] | None = None) -
         raise RecipeError(f"{path}: not valid YAML: {' '.join(str(error).split())}; mend the line") from error
     if not isinstance(value, dict):
         raise RecipeError(f"{path}: {type(value).__name__} found; a recipe is a mapping of sections")
+    # A section x-... is for anchors: what several sections share is written once.
+    value = {section: fields for section, fields in value.items() if not str(section).startswith("x-")}
     for field, override in (overrides or {}).items():
         _set(value, field, override)
     try:
@@ -223,6 +225,11 @@ _Loader.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(_FLOAT), lis
 
 
 def _set(value: dict[str, Any], field: str, override: Any) -> None:
+    first, every, rest = field.partition(".*.")
+    if every:  # adapters.*.num_steps: of all that the section has
+        for name in list(value.get(first) or {}):
+            _set(value, f"{first}.{name}.{rest}", override)
+        return
     *parents, last = field.split(".")
     for depth, name in enumerate(parents):
         below = value.setdefault(name, {})

@@ -115,6 +115,25 @@ def test_overrides_are_fields_and_yaml_values() -> None:
         parse_overrides(["a.b"])
 
 
+SHARED = """
+x-training: &training {global_batch_size: 2, num_steps: 2, learning_rate: 1e-3, base: pretrained}
+conversations: {url: conversations.jsonl}
+examples: {block_size: 16}
+adapters:
+  lora: *training
+  ia3: {<<: *training, method: ia3, learning_rate: 1e-2}
+"""
+
+
+def test_what_sections_share_is_written_once_and_overridden_at_once(minimal: Path) -> None:
+    minimal.write_text(minimal.read_text() + SHARED)
+    adapters = load_recipe(str(minimal), {"adapters.*.num_steps": 7, "adapters.ia3.seed": 3}).adapters
+    assert {name: (spec.method, spec.num_steps, spec.learning_rate, spec.seed) for name, spec in adapters.items()} == {
+        "lora": ("lora", 7, 1e-3, 0),
+        "ia3": ("ia3", 7, 1e-2, 3),
+    }
+
+
 def test_an_override_makes_the_section_that_it_names(minimal: Path) -> None:
     assert load_recipe(str(minimal), {"documents.max_documents": 5}).documents.max_documents == 5
     with pytest.raises(RecipeError, match="name is 'minimal', which has no fields"):
