@@ -58,6 +58,7 @@ class Step:
 def plan(nodes: Iterable[Node], store: ArtifactStore, machine: Machine) -> list[Step]:
     """One step a node, in order. Builds nothing and takes no lock; may ask a server what its file is now."""
     steps: dict[str, Step] = {}
+    store.learn()
     records = Records(store.root)
     for node in nodes:
         inputs = {name: steps[source] for name, source in node.inputs.items()}

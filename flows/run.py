@@ -31,7 +31,7 @@ def run_recipe(name_or_path: str, overrides: Mapping[str, Any] | None, ends: Ite
         logging.getLogger(logger).setLevel(logging.INFO)
     recipe = load_recipe(name_or_path, overrides)
     settings = load_settings()
-    store = ArtifactStore(settings.store_root)
+    store = settings.open_store(console_progress())
     machine = replace(settings.machine(console_progress()), on_metrics=console_reports(), recipe=recipe.name)
     nodes = ending_with(nodes_of(recipe), ends)
     check_ranks(nodes, machine)

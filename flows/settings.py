@@ -10,12 +10,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import Field, ValidationError
+from pydantic import Field, ValidationError, field_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 import deepspeed_configs
 from tasks.errors import SettingsError
 from tasks.machine import Machine, Progress, TrainingSettings, quiet
+from tasks.store import ArtifactStore, SharedStore, cache_folder, is_url
 from tasks.training.deepspeed import load_deepspeed_config
 from tasks.training.monitors import check_monitors
 from tasks.training.plan import num_cores
@@ -28,7 +29,12 @@ class Settings(BaseSettings):
 
     model_config = SettingsConfigDict(env_prefix=ENV_PREFIX, frozen=True, extra="forbid")
 
-    store: Path = Field(Path("~/.cache/seqmill"), description="the folder of all artifacts")
+    store: Path | str = Field(
+        Path("~/.cache/seqmill"),
+        description="the folder of all artifacts, or a shared store's URL (s3://, gs://, az://, file://)",
+    )
+    store_endpoint: str | None = Field(None, description="where a shared store's server answers; absent: as the provider has it")
+    cache: Path = Field(Path("~/.cache/seqmill-shared"), description="the folder for what is read from shared stores")
     num_workers: int | None = Field(None, ge=1, description="corpus workers; absent: one a core")
     pool: Literal["threads", "processes"] | None = Field(
         None, description="what corpus workers are; absent: threads of one process, up to 8 of them, else processes"
@@ -51,9 +57,32 @@ class Settings(BaseSettings):
     huggingface_endpoint: str | None = Field(None, description="where the Hugging Face hub answers; absent: the public one")
     modelscope_endpoint: str | None = Field(None, description="where the ModelScope hub answers; absent: the public one")
 
+    @field_validator("store", mode="before")
+    @classmethod
+    def _read_store(cls, value: Any) -> Any:
+        if isinstance(value, str) and is_url(value):
+            return value
+        if "://" in str(value):
+            raise ValueError("is the address of no store; name a folder, or s3://, gs://, az:// or file://")
+        return Path(value)
+
+    @property
+    def is_shared(self) -> bool:
+        """Whether the store is a shared one."""
+        return isinstance(self.store, str)
+
     @property
     def store_root(self) -> Path:
+        """The store's folder on this machine; of a shared store, its cache."""
+        if isinstance(self.store, str):
+            return cache_folder(self.store, self.cache, self.store_endpoint)
         return self.store.expanduser().absolute()
+
+    def open_store(self, progress: Progress = quiet) -> ArtifactStore:
+        """The store; ``progress`` shows what a shared one transfers."""
+        if isinstance(self.store, str):
+            return SharedStore(self.store, self.cache, endpoint=self.store_endpoint, progress=progress)
+        return ArtifactStore(self.store_root)
 
     @property
     def deepspeed_path(self) -> Path:

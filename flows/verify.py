@@ -12,7 +12,7 @@ from typing import Any
 from tasks.corpus import ledger, recount
 from tasks.machine import Advance, Machine
 from tasks.report.numbers import size
-from tasks.store import Artifact, ArtifactStore, Digest, ShardEntry, digest_file, digest_json
+from tasks.store import Artifact, ArtifactStore, Digest, ShardEntry, digest_json
 from tasks.store.artifact import MANIFEST_NAME, content_of
 
 MOST_TOLD = 3  # problems of one artifact: a line is read, a screen is not
@@ -58,9 +58,10 @@ class Index:
     """Every folder of the store that should be an artifact, with its manifest where that can be read."""
 
     def __init__(self, store: ArtifactStore) -> None:
-        folders = sorted(path for path in store.root.glob("[!.]*/*") if path.is_dir())
+        refs = [(kind, key) for kind in store.kinds() for key in store.keys(kind)]
+        folders = [store.root / kind / key for kind, key in refs]
         self.store = store
-        self.artifacts = {path: store.load(path.parent.name, Digest(path.name)) for path in folders}
+        self.artifacts = dict(zip(folders, store.load_all(refs), strict=True))
         self.by_content = {artifact.content: artifact for artifact in self.artifacts.values() if artifact}
 
     def inputs(self, artifact: Artifact) -> dict[str, Artifact | None]:
@@ -75,7 +76,7 @@ class Index:
 
     def lineage(self, start: Artifact) -> Iterator[Path]:
         """The folders of an artifact, its shards, and all that these were made from, down to the archive."""
-        waiting, seen = [start.path], set()
+        waiting, seen = [start.folder], set()
         while waiting:
             path = waiting.pop()
             if path in seen:
@@ -85,7 +86,7 @@ class Index:
             if artifact := self.artifacts.get(path):
                 shards = (self.store.root / entry.kind / entry.key for entry in artifact.shards())
                 waiting += [path for path in shards if path in self.artifacts]
-                waiting += [given.path for given in self.inputs(artifact).values() if given]
+                waiting += [given.folder for given in self.inputs(artifact).values() if given]
 
 
 def verify(store: ArtifactStore, refs: Iterable[str], machine: Machine) -> Verified:
@@ -114,13 +115,17 @@ def check(index: Index, advance: Advance, path: Path) -> Problem | None:
     if artifact is None:
         problems = [f"{MANIFEST_NAME} is missing or cannot be read"]
     else:
-        problems = list(wrong_manifest(artifact, path)) or [*wrong_files(artifact, advance), *wrong_shards(artifact, index)]
+        problems = list(wrong_manifest(artifact, path)) or [
+            *wrong_files(index.store, artifact, advance),
+            *wrong_shards(artifact, index),
+        ]
         if not problems:
             inputs = {name: given for name, given in index.inputs(artifact).items() if given}
             problems = [*ledger.problems(artifact, inputs), *recount.problems(artifact)]
     ref = f"{path.parent.name}/{path.name}"
     if problems:
-        return Problem(ref, path, _told(problems), f"delete {path} and run its recipe again")
+        place = index.store.place(path.parent.name, Digest(path.name))
+        return Problem(ref, path, _told(problems), f"delete {place} and run its recipe again")
     strays = [str(stray) for stray in stray_files(artifact)] if artifact else []
     return Problem(ref, path, f"{_told(strays)} not in its manifest", "delete what is not") if strays else None
 
@@ -128,7 +133,7 @@ def check(index: Index, advance: Advance, path: Path) -> Problem | None:
 def wrong_manifest(artifact: Artifact, path: Path) -> Iterator[str]:
     """Where a manifest contradicts itself, or the folder it lies in."""
     manifest = artifact.manifest
-    if artifact.path != path:
+    if artifact.folder != path:
         yield f"its manifest is that of {artifact.ref}"
     if manifest.key != digest_json(manifest.identity):
         yield "its manifest's key is not the digest of its identity"
@@ -136,17 +141,12 @@ def wrong_manifest(artifact: Artifact, path: Path) -> Iterator[str]:
         yield "its manifest's content is not the digest of its files and shards"
 
 
-def wrong_files(artifact: Artifact, advance: Advance) -> Iterator[str]:
+def wrong_files(store: ArtifactStore, artifact: Artifact, advance: Advance) -> Iterator[str]:
     """Where a file is not the one in the manifest, by its size and then by its digest."""
     for entry in artifact.manifest.files:
-        path = artifact.path / entry.name
         try:
-            size = path.stat().st_size if path.is_file() else None
-            if size != entry.num_bytes:
-                yield f"{entry.name} is {'missing' if size is None else f'{size} bytes'}, its manifest says {entry.num_bytes}"
-                advance(entry.num_bytes)
-            elif (digest := digest_file(path, advance)) != entry.digest:
-                yield f"{entry.name} has the digest {digest[:12]}, its manifest says {entry.digest[:12]}"
+            if problem := store.file_problem(artifact, entry, advance):
+                yield problem
         except OSError as error:
             yield f"{entry.name} cannot be read ({error.strerror})"
 
@@ -166,9 +166,9 @@ def wrong_shards(artifact: Artifact, index: Index) -> Iterator[str]:
 def stray_files(artifact: Artifact) -> Iterator[Path]:
     """The files in an artifact's folder that no manifest names."""
     listed = {MANIFEST_NAME, *(entry.name for entry in artifact.manifest.files)}
-    for base, _, names in os.walk(artifact.path):
+    for base, _, names in os.walk(artifact.folder):
         for name in sorted(names):
-            relative = Path(base, name).relative_to(artifact.path)
+            relative = Path(base, name).relative_to(artifact.folder)
             if relative.as_posix() not in listed:
                 yield relative
 

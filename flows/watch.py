@@ -16,7 +16,6 @@ from flows.dag import nodes_of
 from flows.overrides import Overrides, dotted
 from flows.recipe import load_recipe
 from flows.settings import load_settings
-from tasks.store import ArtifactStore
 
 log = logging.getLogger(__name__)
 
@@ -35,7 +34,7 @@ def watch_flow(recipe: str = "demo", overrides: Overrides = None) -> State[Any]:
         logging.getLogger(logger).setLevel(logging.INFO)
     loaded = load_recipe(recipe, changed_fields := dotted(overrides))
     settings = load_settings()
-    store = ArtifactStore(settings.store_root)
+    store = settings.open_store()
     state_path = store.root / ".watch" / f"{loaded.name}.json"
     found = look(nodes_of(loaded), last_seen(state_path), store, settings.machine())
     if found.changes:

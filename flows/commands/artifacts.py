@@ -11,7 +11,7 @@ from flows.console import out
 from flows.settings import load_settings
 from tasks.errors import UserError
 from tasks.report.numbers import size
-from tasks.store import Artifact, ArtifactStore
+from tasks.store import Artifact
 
 commands = typer.Typer()
 
@@ -24,7 +24,7 @@ def list_artifacts(
     as_json: JsonOption = False,
 ) -> None:
     """List the artifacts in the store, oldest first."""
-    artifacts = ArtifactStore(load_settings(store=store).store_root)
+    artifacts = load_settings(store=store).open_store()
     found = [artifact for artifact in artifacts.artifacts(kind) if shards or kind or not artifact.kind.endswith("-shard")]
     rows = [_artifact_row(artifact) for artifact in found]
     if as_json:
@@ -43,12 +43,12 @@ def show(
     as_json: JsonOption = False,
 ) -> None:
     """Show one artifact: what decided it, what it holds, what was counted."""
-    artifact = ArtifactStore(load_settings(store=store).store_root).resolve(ref)
+    artifact = load_settings(store=store).open_store().resolve(ref)
     manifest = artifact.manifest.model_dump(mode="json")
     if as_json:
-        print_json({"path": str(artifact.path), **manifest})
+        print_json({"path": str(artifact.folder), **manifest})
         return
-    out.print(f"[bold]{artifact.ref}[/bold]\n{artifact.path}", soft_wrap=True)
+    out.print(f"[bold]{artifact.ref}[/bold]\n{artifact.folder}", soft_wrap=True)
     for section in ("identity", "stats"):
         out.print(f"\n[bold]{section}[/bold]")
         out.print_json(json.dumps(manifest[section], ensure_ascii=False))
@@ -74,14 +74,14 @@ def verify(
     if everything and refs:
         raise UserError(f"verify: --all and {refs[0]!r}; name artifacts or all of them")
     settings = load_settings(store=store)
-    artifacts = ArtifactStore(settings.store_root)
+    artifacts = settings.open_store(console_progress())
     verified = verify_artifacts(artifacts, refs or [], settings.machine(console_progress()))
     if as_json:
         print_json(verified.row())
     else:
         for problem in verified.problems:
             out.print(f"[red]damaged[/red] {escape(problem.line())}", soft_wrap=True, highlight=False)
-        out.print(f"{artifacts.root}: {verified.summary()}", soft_wrap=True, highlight=False)
+        out.print(f"{artifacts.address}: {verified.summary()}", soft_wrap=True, highlight=False)
     if verified.problems:
         raise typer.Exit(1)
 
@@ -91,7 +91,7 @@ def _artifact_row(artifact: Artifact) -> dict[str, Any]:
         "kind": artifact.kind,
         "key": artifact.key,
         "content": artifact.content,
-        "path": str(artifact.path),
+        "path": str(artifact.folder),
         "created": artifact.manifest.created,
         "num_bytes": artifact.num_bytes,
         "stats": artifact.stats,

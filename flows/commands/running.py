@@ -46,7 +46,7 @@ def run(
 
     settings = load_settings(store=store, num_workers=num_workers, num_ranks=num_ranks, deepspeed=deepspeed)
     loaded = load_recipe(recipe, changes := parse_overrides(overrides or []))
-    nodes, machine, artifacts = _nodes(loaded, until), settings.machine(), ArtifactStore(settings.store_root)
+    nodes, machine, artifacts = _nodes(loaded, until), settings.machine(), settings.open_store()
     check_ranks(nodes, machine)
     check_space(loaded, plan(nodes, artifacts, machine), artifacts, machine)
     export_settings(settings)
@@ -56,7 +56,7 @@ def run(
         from flows.run import send_logs
 
         log_to_console(verbose)
-        err.print(f"[dim]store {artifacts.root}   Prefect {url.removesuffix('/api')}[/dim]", soft_wrap=True)
+        err.print(f"[dim]store {artifacts.address}   Prefect {url.removesuffix('/api')}[/dim]", soft_wrap=True)
         try:
             rows = everything_flow(recipe=recipe, overrides=replacing(changes), until=until)
         except KeyboardInterrupt:
@@ -81,7 +81,7 @@ def plan(
 
     settings = load_settings(store=store)
     loaded = load_recipe(recipe, parse_overrides(overrides or []))
-    artifacts, machine = ArtifactStore(settings.store_root), settings.machine()
+    artifacts, machine = settings.open_store(), settings.machine()
     steps = planning.plan(_nodes(loaded, until), artifacts, machine)
     rows = [step.row() for step in steps]
     if as_json:

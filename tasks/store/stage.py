@@ -185,6 +185,7 @@ class Stage(Generic[S]):
             return {"reason": f"damaged: {problem}", "nearest": None}
         records = {name: record_of(artifact.manifest) for name, artifact in inputs.items()}
         url, recipe = getattr(spec, "url", None), work.machine.recipe
+        work.store.learn()
         return reason_for(identity, records, Records(work.store.root), recipe=recipe, url=url).told()
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 
-from tasks.store import Artifact, ArtifactStore, Digest, ShardEntry
+from tasks.store import Artifact, ArtifactStore, Digest, ShardEntry, store_of
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,7 @@ def _references(origin: Artifact | None, file: Path, place: int, row: int) -> It
 
 def _reference(origin: Artifact, entry: ShardEntry, row: Reference, ids: range) -> Reference:
     """What of a row are these ids of one shard."""
-    tokens = _tokens_of(ArtifactStore(origin.root), entry)
+    tokens = _tokens_of(store_of(origin), entry)
     if tokens is None:
         return replace(row, shard=entry.name)
     ends = np.cumsum(document_lengths(tokens.file("tokens.arrow")))
