@@ -1,7 +1,8 @@
 # make demo   the whole DAG on real text, from a fresh clone
 # make test   lint, types, import contracts and the fast suite, from a fresh clone
 # make faults KILLS=2000 SEED=7   kill -9 of corpus builds at so many moments drawn from the seed
-# make ui     the Prefect UI over the runs that the store remembers
+# make up     a Prefect server and a worker that stay, with every flow deployed; make down ends them (docs/operations.md)
+# make ui     the Prefect UI over the runs that the store remembers, until Ctrl-C
 
 PYTHON ?= python3
 BIN := .venv/bin
@@ -11,11 +12,20 @@ INSTALL := $(BIN)/pip install --quiet --disable-pip-version-check --constraint r
 KILLS ?= 300
 SEED ?= 7
 
-.PHONY: demo test lint types contracts suite slow faults resume-matrix ui lock clean
+PORT ?= 4200
+
+.PHONY: demo up down test lint types contracts suite slow faults resume-matrix ui lock clean
 
 demo: .venv/.demo
 	$(SEQMILL) demo-data data/demo
 	$(SEQMILL) run demo
+
+up: .venv/.demo
+	$(SEQMILL) demo-data data/demo
+	$(SEQMILL) up --port $(PORT)
+
+down: .venv/.demo
+	$(SEQMILL) down
 
 test: lint types contracts suite
 
