@@ -53,12 +53,10 @@ def oldest_lease(root: Path) -> float | None:
 
     Call it while ``collecting``: a lease that is being taken is not yet held.
     """
-    own = {os.fstat(handle).st_ino for (_, process), handle in _held.items() if process == os.getpid()}
     began = []
     for path in (root / LEASES).glob("*-*"):
-        stat = path.stat()
-        if stat.st_ino in own or _is_held(path):
-            began.append(stat.st_mtime)
+        if _is_held(path):
+            began.append(path.stat().st_mtime)
         else:
             path.unlink(missing_ok=True)
     return min(began, default=None)

@@ -1,0 +1,285 @@
+"""Collect what nothing needs: first into the trash by rename, and out of the trash once the grace is over.
+
+Reads   <root>/.pins, <root>/.runs, manifests
+Writes  <root>/.trash/<time in ns>/<kind>/<key>
+
+Kept is what a pin or one of a recipe's last runs names, what was found or built within the grace or since the oldest living
+lease began (tasks.store.lease), and all that these list or were made from. All of it is decided and moved behind the gate:
+no find is under way meanwhile. What is asked for again before the trash is emptied is taken back out of it.
+"""
+
+import contextlib
+import fcntl
+import logging
+import os
+import shutil
+import time
+from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import orjson
+
+from tasks.errors import StoreError
+from tasks.store.artifact import MANIFEST_NAME
+from tasks.store.lease import collecting, oldest_lease
+from tasks.store.origin import folder_bytes
+from tasks.store.pins import last_refs, pins
+from tasks.store.records import Records
+from tasks.store.store import TRASH, ArtifactStore
+
+log = logging.getLogger(__name__)
+
+DELETING = ".deleting-"
+KEY_CHARACTERS = 64
+
+
+@dataclass(frozen=True)
+class Taken:
+    """What one run of the collector took, by what it is: artifacts one by one, shards by kind."""
+
+    what: str
+    number: int
+    num_bytes: int
+
+
+@dataclass(frozen=True)
+class Collected:
+    """What was done, or with ``dry_run`` what would be."""
+
+    is_dry_run: bool
+    grace_seconds: float
+    taken: tuple[Taken, ...]
+    num_kept: int
+    num_in_use: int  # of those kept, the ones that only their last use keeps
+    in_use_since: float | None  # when the oldest living lease began, in seconds since 1970
+    deleted_bytes: int
+    trash_bytes: int
+
+    @property
+    def taken_bytes(self) -> int:
+        return sum(taken.num_bytes for taken in self.taken)
+
+    def row(self) -> dict[str, Any]:
+        return {**vars(self), "taken": [vars(taken) for taken in self.taken], "taken_bytes": self.taken_bytes}
+
+
+def collect(store: ArtifactStore, *, keep_last: int, grace_seconds: float, dry_run: bool = False) -> Collected:
+    """Move what nothing needs into the trash, and delete what has been there for the grace.
+
+    Raises StoreError where neither a pin nor a recorded run says what is needed: all of the store would go.
+    """
+    now_ns = time.time_ns()
+    with collecting(store.root):
+        marking = Marking(store, keep_last, now_ns / 1e9 - grace_seconds)
+        moved = marking.moved()
+        batch = store.root / TRASH / str(now_ns)
+        if not dry_run:
+            moved = [(what, name) for what, name in moved if _move(store.root, name, batch)]
+            _remove_locks(store.root, marking.cutoff)
+    where = store.root if dry_run else batch
+    taken = _summed((what, folder_bytes(where / name)) for what, name in moved)
+    return Collected(
+        is_dry_run=dry_run,
+        grace_seconds=grace_seconds,
+        taken=taken,
+        num_kept=marking.num_kept,
+        num_in_use=marking.num_in_use,
+        in_use_since=marking.lease,
+        deleted_bytes=empty_trash(store.root, now_ns, grace_seconds, dry_run),
+        trash_bytes=folder_bytes(store.root / TRASH),
+    )
+
+
+@dataclass
+class Marking:
+    """Which folders are needed. Made, and asked, behind the gate."""
+
+    store: ArtifactStore
+    keep_last: int
+    begin: float  # what was used since is kept
+    lease: float | None = None
+    num_in_use: int = 0
+    reached: dict[str, set[bytes]] = field(default_factory=lambda: defaultdict(set))
+
+    def __post_init__(self) -> None:
+        root = self.store.root
+        self.records = Records(root)
+        self.lease = oldest_lease(root)
+        self.cutoff = min(self.begin, self.lease) if self.lease is not None else self.begin
+        roots = {str(pinned.get("ref")) for pinned in pins(root)} | last_refs(root, self.keep_last)
+        if not roots:
+            raise StoreError(
+                f"{root}: no pin and no recorded run says what is needed, and all of it would be collected; "
+                "run your recipes again (all of it will be found), or pin what you keep"
+            )
+        self._reach(roots)
+
+    @property
+    def num_kept(self) -> int:
+        return sum(len(keys) for keys in self.reached.values())
+
+    def moved(self) -> list[tuple[str, str]]:
+        """What is not needed: for each folder what it is, and its path below the root.
+
+        Artifacts are decided before the shards that they list.
+        """
+        # Each kind is listed once: what is committed meanwhile is in no list, and stays.
+        listed = {kind: self._unreached(kind) for kind in self.store.kinds()}
+        shards = {kind: keys for kind, keys in listed.items() if kind.endswith("-shard")}
+        artifacts = [f"{kind}/{key}" for kind, keys in listed.items() if kind not in shards for key in keys]
+        used = {ref for ref in artifacts if self._is_used(*ref.split("/"))}
+        self._reach(used)
+        moved = [(ref, ref) for ref in artifacts if not self._is_reached(*ref.split("/"))]
+        self.num_in_use = len(artifacts) - len(moved)
+        for kind, keys in shards.items():
+            for key in keys:
+                if self._is_reached(kind, key):
+                    continue
+                if self._is_used(kind, key):
+                    self.reached[kind].add(_bytes(key))
+                    self.num_in_use += 1
+                else:
+                    moved.append((kind, f"{kind}/{key}"))
+        return [*moved, *self._leftovers()]
+
+    def _unreached(self, kind: str) -> list[str]:
+        with os.scandir(self.store.root / kind) as entries:
+            names = [entry.name for entry in entries]
+        return [name for name in names if len(name) == KEY_CHARACTERS and not self._is_reached(kind, name)]
+
+    def _is_reached(self, kind: str, key: str) -> bool:
+        return _bytes(key) in self.reached[kind]
+
+    def _is_used(self, kind: str, key: str) -> bool:
+        """Whether it was committed, or found, since the cutoff."""
+        root = self.store.root
+        return _modified(f"{root}/{kind}/{key}") >= self.cutoff or _modified(f"{root}/.locks/{kind}-{key}") >= self.cutoff
+
+    def _reach(self, refs: set[str]) -> None:
+        """Mark artifacts, the shards that they list, and what they were made from."""
+        waiting = sorted(refs)
+        while waiting:
+            kind, _, key = waiting.pop().partition("/")
+            if not key or _bytes(key) in self.reached[kind]:
+                continue
+            path = self.store.root / kind / key / MANIFEST_NAME
+            if not path.exists():
+                continue
+            self.reached[kind].add(_bytes(key))
+            for shard_kind, shard_key in _shards(path):
+                self.reached[shard_kind].add(_bytes(shard_key))
+            if record := self.records.by_ref(f"{kind}/{key}"):
+                found = (self.records.input_of(record, name) for name in record.inputs)
+                waiting += [given.ref for given in found if given]
+
+    def _leftovers(self) -> Iterator[tuple[str, str]]:
+        """Staging that nobody builds in, and what was set aside as damaged, both untouched since the cutoff."""
+        root = self.store.root
+        for path in sorted(root.glob(".staging/*/*")):
+            if 0 < _newest(path) < self.cutoff and not _is_locked(root / ".locks" / f"{path.parent.name}-{path.name}"):
+                yield f"staging of {path.parent.name}", str(path.relative_to(root))
+        for path in sorted(root.glob(".damaged/*")):
+            if 0 < _newest(path) < self.cutoff:
+                yield "damaged", str(path.relative_to(root))
+
+
+def empty_trash(root: Path, now_ns: int, grace_seconds: float, dry_run: bool) -> int:
+    """Delete what has been in the trash for the grace; returns its bytes."""
+    with collecting(root):  # nobody takes something back out of it meanwhile
+        old = [path for path in (root / TRASH).glob("[0-9]*") if now_ns - int(path.name) >= grace_seconds * 1e9]
+        if dry_run:
+            return sum(folder_bytes(path) for path in old)
+        for path in old:
+            path.rename(path.with_name(DELETING + path.name))
+    num_bytes = 0
+    for path in (root / TRASH).glob(f"{DELETING}*"):  # those too that a collector which was killed left
+        num_bytes += folder_bytes(path)
+        shutil.rmtree(path, ignore_errors=True)
+    return num_bytes
+
+
+def _move(root: Path, name: str, batch: Path) -> bool:
+    """Rename into the trash; staging only under the lock of its builder, so that none begins in it meanwhile."""
+    *parents, kind, key = name.split("/")
+    is_staging = parents == [".staging"]
+    with _try_lock(root / ".locks" / f"{kind}-{key}") if is_staging else contextlib.nullcontext(True) as is_free:
+        if not is_free:
+            return False
+        (batch / name).parent.mkdir(parents=True, exist_ok=True)
+        try:
+            os.rename(root / name, batch / name)
+        except FileNotFoundError:  # built to its end, or set aside, meanwhile
+            return False
+        return True
+
+
+def _remove_locks(root: Path, cutoff: float) -> None:
+    """Remove lock files that nobody holds, or has touched since the cutoff."""
+    with contextlib.suppress(FileNotFoundError), os.scandir(root / ".locks") as entries:
+        for entry in entries:
+            if entry.stat().st_mtime < cutoff:
+                with _try_lock(Path(entry.path)) as is_free:
+                    if is_free:
+                        os.unlink(entry.path)
+
+
+@contextmanager
+def _try_lock(path: Path) -> Iterator[bool]:
+    """Hold a builder's place where nobody does; yields whether."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a+") as handle:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            yield False
+            return
+        yield True
+
+
+def _is_locked(path: Path) -> bool:
+    if not path.exists():
+        return False
+    with _try_lock(path) as is_free:
+        return not is_free
+
+
+def _shards(path: Path) -> Iterator[tuple[str, str]]:
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+        for entry in orjson.loads(path.read_bytes())["shards"]:
+            yield entry["kind"], entry["key"]
+
+
+def _summed(found: Iterator[tuple[str, int]]) -> tuple[Taken, ...]:
+    numbers: dict[str, int] = defaultdict(int)
+    sizes: dict[str, int] = defaultdict(int)
+    for what, num_bytes in found:
+        numbers[what] += 1
+        sizes[what] += num_bytes
+    return tuple(Taken(what, numbers[what], sizes[what]) for what in numbers)
+
+
+def _bytes(key: str) -> bytes:
+    """Half the memory of the key's own string; a million of them are held."""
+    try:
+        return bytes.fromhex(key)
+    except ValueError:
+        return key.encode()
+
+
+def _modified(path: str) -> float:
+    try:
+        return os.stat(path).st_mtime
+    except OSError:
+        return 0.0
+
+
+def _newest(folder: Path) -> float:
+    """When anything below a folder last changed; 0 where it is gone."""
+    found = [_modified(os.fspath(folder))]
+    for base, folders, names in os.walk(folder):
+        found += [_modified(os.path.join(base, name)) for name in (*folders, *names)]
+    return max(found)
