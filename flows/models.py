@@ -1,38 +1,53 @@
-"""Use a model in the store: which folders its reference means."""
+"""Use a model in the store: which folders its reference means, and what is loaded of them."""
 
 from collections.abc import Iterator
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-from tasks.errors import StoreError
+from tasks.errors import RefError, StoreError
 from tasks.store import Artifact, ArtifactStore
-from tasks.training.adapter import adapted_folders
-from tasks.training.generate import generate
+
+if TYPE_CHECKING:
+    from tasks.training.generate import LanguageModel
+
+MODELS = ("finetuned", "pretrained", "published")
 
 
 def generate_text(store: ArtifactStore, artifact: Artifact, prompt: str, chat: bool | None, **sampling: Any) -> Iterator[str]:
     """The model's text after ``prompt``, piece by piece. ``chat`` None: through the chat template unless only pretrained.
 
     ``sampling``: max_new_tokens, temperature, top_p, seed.
-    Raises StoreError where the artifact is not a model, or an adapter's base is no longer in the store.
+    Raises RefError where the artifact is no model, StoreError where an adapter's base is no longer in the store.
     """
-    model_dir, adapter_dir = artifact.path, None
+    from tasks.training.generate import generate
+
+    model_dir, adapter_dir = folders_of(store, artifact)
+    is_chat = artifact.kind != "pretrained" if chat is None else chat
+    return generate(model_dir, prompt, adapter_dir=adapter_dir, **sampling, chat=is_chat)
+
+
+def load(store: ArtifactStore, artifact: Artifact) -> "LanguageModel":
+    """The model, ready to be asked. Raises as ``generate_text`` does."""
+    from tasks.training.generate import load_language_model
+
+    return load_language_model(*folders_of(store, artifact))
+
+
+def folders_of(store: ArtifactStore, artifact: Artifact) -> tuple[Path, Path | None]:
+    """The model folder that a model consists of, and the PEFT folder on it."""
+    from tasks.training.adapter import adapted_folders
+
     if artifact.kind == "adapter":
-        model_dir, adapter_dir = adapted_folders(base_of(store, artifact), artifact)
-    elif artifact.kind not in {"pretrained", "finetuned"}:
-        raise StoreError(f"{artifact.ref}: a {artifact.kind} is no model; name a pretrained, finetuned or adapter artifact")
-    return generate(
-        model_dir,
-        prompt,
-        adapter_dir=adapter_dir,
-        **sampling,
-        chat=artifact.kind != "pretrained" if chat is None else chat,
-    )
+        return adapted_folders(base_of(store, artifact), artifact)
+    if artifact.kind not in MODELS:
+        raise RefError(f"{artifact.ref}: not a model; name an artifact of kind {', '.join(MODELS)} or adapter")
+    return artifact.path, None
 
 
 def base_of(store: ArtifactStore, adapter: Artifact) -> Artifact:
     """The model that an adapter was trained on, by content."""
     content = adapter.manifest.identity["inputs"]["base"]
-    for kind in ("finetuned", "pretrained"):
+    for kind in MODELS:
         for artifact in store.artifacts(kind):
             if artifact.content == content:
                 return artifact

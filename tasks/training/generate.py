@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from jinja2 import TemplateError
 
 from tasks.errors import CorpusError, RecipeError
 from tasks.training.adapters.virtual import as_called, positions_left
@@ -28,6 +29,9 @@ REPLACEMENT = "\ufffd"  # what a decoder writes for bytes that are no character,
 
 # 57 KB a token in float32 for a model of 1.5 billion parameters: 2 GB of keys and values.
 MAX_BATCH_TOKENS = 32_768
+
+
+Turn = dict[str, str]  # role, content
 
 
 @dataclass(frozen=True)
@@ -45,10 +49,21 @@ class LanguageModel:
         An empty prompt becomes one end id, behind which a document begins.
         """
         if chat:
-            turn = [{"role": "user", "content": prompt}]
-            text = self.tokenizer.apply_chat_template(turn, add_generation_prompt=True, tokenize=False)
-            return list(self.tokenizer.encode(text, add_special_tokens=False))
+            return self.encode_turns([{"role": "user", "content": prompt}])
         return list(self.tokenizer.encode(prompt)) or sorted(self.stop_ids)[:1]
+
+    def encode_turns(self, turns: Sequence[Turn]) -> list[int]:
+        """The ids of a conversation through the chat template, up to where the model is to speak.
+
+        Raises RecipeError where there is no template, or it refuses the conversation.
+        """
+        if not self.has_chat_template:
+            raise RecipeError("chat: the model's tokenizer has no chat template; leave chat out, or name a finetuned model")
+        try:
+            text = self.tokenizer.apply_chat_template(list(turns), add_generation_prompt=True, tokenize=False)
+        except TemplateError as error:
+            raise RecipeError(f"chat: the chat template refuses the conversation: {error}; say it otherwise") from error
+        return list(self.tokenizer.encode(text, add_special_tokens=False))
 
     def decode(self, ids: Sequence[int], special: bool = False) -> str:
         """Text of ``ids``, without the special tokens unless asked for."""
@@ -129,9 +144,21 @@ def continue_text(
 ) -> Iterator[str]:
     """As ``generate``, with a model that is loaded already. The same arguments give the same text."""
     _check_sampling(max_new_tokens, temperature, top_p)
-    if chat and not loaded.has_chat_template:
-        raise RecipeError("chat: the model's tokenizer has no chat template; leave chat out, or name a finetuned model")
     prompt_ids = loaded.encode(prompt, chat)
+    return continue_ids(loaded, prompt_ids, max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, seed=seed)
+
+
+def continue_ids(
+    loaded: LanguageModel,
+    prompt_ids: Sequence[int],
+    *,
+    max_new_tokens: int,
+    temperature: float = 0.0,
+    top_p: float = 1.0,
+    seed: int = 0,
+) -> Iterator[str]:
+    """As ``continue_text``, of ids."""
+    _check_sampling(max_new_tokens, temperature, top_p)
     room = max_new_tokens if loaded.max_positions is None else loaded.max_positions - len(prompt_ids)
     if room < 1:
         raise RecipeError(f"prompt: {len(prompt_ids)} tokens, the model has {loaded.max_positions} positions; shorten it")

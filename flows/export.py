@@ -1,0 +1,109 @@
+"""A model of the store as a folder that others can use: Hugging Face's form, with a card that tells where it comes from.
+
+Reads   published | pretrained | finetuned | adapter
+Writes  config.json, generation_config.json, *.safetensors, the tokenizer's files, chat_template.jinja, README.md
+        of an adapter that is not merged adapter_config.json and adapter_model.safetensors instead of config and weights
+"""
+
+import json
+import shutil
+import tempfile
+from pathlib import Path
+
+import orjson
+
+from flows.card import model_card
+from flows.models import base_of, folders_of
+from tasks.errors import StoreError, UserError
+from tasks.machine import Machine
+from tasks.store import Artifact, ArtifactStore
+from tasks.store.digest import fsync_tree
+from tasks.training.adapter import MERGE, MERGEABLE, number_format
+from tasks.training.finetuned import generation_fields
+from tasks.training.launch import run_worker
+
+ADAPTER_CONFIG = "adapter_config.json"
+MERGED = "merged/"
+
+
+def export_model(store: ArtifactStore, machine: Machine, artifact: Artifact, target: Path, merged: bool) -> Path:
+    """Write the model into ``target``, which appears whole or not at all.
+
+    Raises UserError where ``target`` holds something, or the adapter cannot be merged.
+    """
+    target = target.expanduser().absolute()
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise UserError(f"{target}: not an empty folder; name another, or empty it")
+    folders_of(store, artifact)  # is it a model, and is its base there
+    is_adapter = artifact.has_file(ADAPTER_CONFIG)
+    if merged and not is_adapter:
+        raise UserError(f"{artifact.ref}: no adapter, so there is nothing to merge; leave --merged out")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}-") as scratch:
+        folder = Path(scratch) / "model"
+        folder.mkdir(mode=0o755)
+        if merged:
+            write_merged(store, machine, artifact, folder)
+        else:
+            copy_files(artifact, folder, "")
+        if is_adapter and not merged:
+            name_base(store, artifact, folder)
+        (folder / "README.md").write_text(model_card(store, artifact, merged), encoding="utf-8")
+        fsync_tree(folder)
+        folder.replace(target)
+    return target
+
+
+def copy_files(artifact: Artifact, folder: Path, below: str) -> None:
+    """Copy an artifact's files that lie directly below a folder of it."""
+    for entry in artifact.manifest.files:
+        name = entry.name.removeprefix(below)
+        if entry.name.startswith(below) and "/" not in name:
+            shutil.copyfile(artifact.file(entry.name), folder / name)
+
+
+def write_merged(store: ArtifactStore, machine: Machine, adapter: Artifact, folder: Path) -> None:
+    """The base with the adapter in its weights, from the artifact where it has that, else merged now."""
+    base = base_of(store, adapter)
+    if adapter.has_file(f"{MERGED}config.json"):
+        copy_files(adapter, folder, MERGED)
+    else:
+        method = adapter.spec.get("method", "lora")
+        if method not in MERGEABLE:
+            raise UserError(f"{adapter.ref}: an adapter of method {method} cannot be merged; leave --merged out")
+        for entry in adapter.manifest.files:
+            if not entry.name.startswith((MERGED, "adapter_")):
+                shutil.copyfile(adapter.file(entry.name), folder / entry.name)
+        plan = {"base_dir": base.path, "adapter_dir": adapter.path, "output_dir": folder, "dtype": number_format(base.path)}
+        path = folder.parent / "merge.json"
+        path.write_text(json.dumps(plan, default=str))
+        run_worker(MERGE, path, num_ranks=1, settings=machine.training, label="export (merge)")
+    # Where an answer ends the examples say; a base that was only pretrained does not know it.
+    fields = generation_fields(base.path, end_markers(store, adapter))
+    (folder / "generation_config.json").write_bytes(orjson.dumps(fields, option=orjson.OPT_INDENT_2))
+
+
+def end_markers(store: ArtifactStore, model: Artifact) -> list[int]:
+    """The ids that close an answer of the examples that a model was trained on; none where those are gone."""
+    kind, _, key = model.manifest.produced_by["inputs"].get("examples", "").partition("/")
+    examples = store.load(kind, key) if key else None
+    return list(examples.stats.get("end_markers", {}).values()) if examples else []
+
+
+def name_base(store: ArtifactStore, adapter: Artifact, folder: Path) -> None:
+    """Name the base in adapter_config.json by where it can be loaded from; an artifact names it as the store does."""
+    path = folder / ADAPTER_CONFIG
+    try:
+        fields = orjson.loads(path.read_bytes())
+    except orjson.JSONDecodeError as error:
+        raise StoreError(f"{adapter.ref}: {ADAPTER_CONFIG} cannot be read ({error}); verify the store") from error
+    fields["base_model_name_or_path"] = base_name(base_of(store, adapter))
+    path.write_bytes(orjson.dumps(fields, option=orjson.OPT_INDENT_2 | orjson.OPT_SORT_KEYS))
+
+
+def base_name(base: Artifact) -> str:
+    """A published model's name on the hub, where it came from there; else its folder in the store."""
+    told: dict[str, str] = base.manifest.produced_by.get("unkeyed", {}) if base.kind == "published" else {}
+    weights = told.get("weights", "")
+    is_local = not weights or ":" in weights or weights.endswith(".gguf") or Path(weights).expanduser().exists()
+    return str(base.path) if is_local else weights

@@ -1,0 +1,101 @@
+"""Exported folders, loaded with plain transformers and PEFT."""
+
+from pathlib import Path
+
+import orjson
+import pytest
+import torch
+
+from flows.export import export_model
+from tasks.errors import RefError, UserError
+from tasks.machine import Machine
+from tasks.store import ArtifactStore
+from tests.flows.models import small_store
+
+IDS = torch.tensor([[1, 2, 3, 4, 5]])
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory: pytest.TempPathFactory) -> ArtifactStore:
+    return small_store(tmp_path_factory.mktemp("store"))
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+def logits_of(folder: Path) -> torch.Tensor:
+    from transformers import AutoModelForCausalLM
+
+    with torch.inference_mode():
+        found: torch.Tensor = AutoModelForCausalLM.from_pretrained(folder)(input_ids=IDS).logits
+    return found
+
+
+def test_a_model_is_written_whole_with_a_card_that_tells_its_figures_and_lineage(store: ArtifactStore, tmp_path: Path) -> None:
+    from transformers import AutoTokenizer
+
+    finetuned = store.resolve("finetuned")
+    folder = export_model(store, Machine(), finetuned, tmp_path / "out", merged=False)
+    assert names(folder) == [
+        "README.md", "chat_template.jinja", "config.json", "generation_config.json", "model.safetensors", "tokenizer.json",
+        "tokenizer_config.json",
+    ]  # fmt: skip
+    assert torch.equal(logits_of(folder), logits_of(finetuned.path))
+    assert AutoTokenizer.from_pretrained(folder).apply_chat_template([{"role": "user", "content": "hi"}], tokenize=False)
+    card = (folder / "README.md").read_text()
+    assert card.startswith("---\nlibrary_name: transformers\n")
+    assert "| learning_rate | 0.002 |" in card
+    assert "| validation loss, nats a token | 2.25 |" in card
+    assert "| ceval.acc | 0.5 |" in card
+    for kind in ("finetuned", "pretrained", "examples"):
+        made = store.resolve(kind)
+        assert f"| {kind} | {made.key[:12]} | {made.content[:12]} |" in card
+    assert str(store.root) not in card
+
+
+def test_an_adapter_names_a_base_that_peft_finds(store: ArtifactStore, tmp_path: Path) -> None:
+    from peft import AutoPeftModelForCausalLM
+
+    folder = export_model(store, Machine(), store.resolve("adapter"), tmp_path / "out", merged=False)
+    fields = orjson.loads((folder / "adapter_config.json").read_bytes())
+    assert fields["base_model_name_or_path"] == str(store.resolve("finetuned").path)
+    assert "library_name: peft" in (folder / "README.md").read_text()
+    with torch.inference_mode():
+        adapted = AutoPeftModelForCausalLM.from_pretrained(folder)(input_ids=IDS).logits
+    assert not torch.allclose(adapted, logits_of(store.resolve("finetuned").path))
+
+
+@pytest.mark.slow  # starts the merging process
+def test_a_merged_adapter_is_a_plain_model_that_says_the_same_and_stops_where_its_examples_did(
+    store: ArtifactStore, tmp_path: Path
+) -> None:
+    from peft import AutoPeftModelForCausalLM
+
+    adapter = store.resolve("adapter")
+    folder = export_model(store, Machine(), adapter, tmp_path / "out", merged=True)
+    assert "adapter_config.json" not in names(folder)
+    assert orjson.loads((folder / "generation_config.json").read_bytes())["eos_token_id"] == [256, 258]
+    apart = export_model(store, Machine(), adapter, tmp_path / "apart", merged=False)
+    with torch.inference_mode():
+        adapted = AutoPeftModelForCausalLM.from_pretrained(apart)(input_ids=IDS).logits
+    assert torch.allclose(logits_of(folder), adapted, atol=1e-4)
+
+
+def test_what_is_there_is_never_written_over(store: ArtifactStore, tmp_path: Path) -> None:
+    (tmp_path / "notes.txt").write_text("mine")
+    with pytest.raises(UserError, match="not an empty folder; name another, or empty it"):
+        export_model(store, Machine(), store.resolve("finetuned"), tmp_path, merged=False)
+    assert names(tmp_path) == ["notes.txt"]
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    assert "model.safetensors" in names(export_model(store, Machine(), store.resolve("finetuned"), empty, merged=False))
+    assert names(tmp_path) == ["empty", "notes.txt"]
+
+
+def test_what_cannot_be_exported_is_said(store: ArtifactStore, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="no adapter, so there is nothing to merge; leave --merged out"):
+        export_model(store, Machine(), store.resolve("finetuned"), tmp_path / "out", merged=True)
+    with pytest.raises(RefError, match="not a model; name an artifact of kind finetuned, "):
+        export_model(store, Machine(), store.resolve("examples"), tmp_path / "out", merged=False)
+    assert names(tmp_path) == []

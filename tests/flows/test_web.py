@@ -1,0 +1,61 @@
+"""The chat page, asked over its protocol."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+from starlette.testclient import TestClient
+
+from flows.models import load
+from flows.web import Asked, chat_page
+from tests.flows.models import small_store
+
+
+@pytest.fixture(scope="module")
+def client(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TestClient]:
+    store = small_store(tmp_path_factory.mktemp("store"))
+    found = [store.resolve(kind) for kind in ("pretrained", "finetuned", "adapter")]
+    app = chat_page([Asked(artifact, load(store, artifact)) for artifact in found])
+    with TestClient(app, base_url="http://127.0.0.1") as client:
+        yield client
+
+
+def ask(client: TestClient, **fields: Any) -> Any:
+    question = {"model": 1, "turns": [{"role": "user", "content": "hi"}], "max_new_tokens": 8, "temperature": 2.0, **fields}
+    return client.post("/ask", json=question)
+
+
+def test_the_page_names_every_model_and_asks_no_other_host(client: TestClient) -> None:
+    page = client.get("/")
+    assert [name in page.text for name in ("pretrained <small>", "finetuned <small>", "adapter <small>")] == [True] * 3
+    assert page.text.count("goes on from your text") == 1
+    assert "http://" not in page.text
+    assert "https://" not in page.text
+    assert "default-src 'self'" in page.headers["content-security-policy"]
+
+
+def test_the_same_question_has_the_same_answer_and_each_model_its_own(client: TestClient) -> None:
+    answers = [ask(client, model=model).text for model in (0, 1, 2)]
+    assert answers == [ask(client, model=model).text for model in (0, 1, 2)]
+    assert len(set(answers)) == 3
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"model": 3}, "model 3: there are 3"),
+        ({"turns": []}, "not a question: "),
+        ({"turns": [{"role": "tool", "content": ""}]}, "not a question: "),
+        ({"surprise": 1}, "not a question: "),
+        ({"turns": [{"role": "user", "content": "x" * 100}]}, "the model has 64 positions; say it in fewer words"),
+    ],
+)
+def test_what_cannot_be_asked_is_said(client: TestClient, fields: dict[str, Any], message: str) -> None:
+    answer = ask(client, **fields)
+    assert answer.status_code == 400
+    assert message in answer.text
+
+
+def test_a_page_elsewhere_cannot_ask(client: TestClient) -> None:
+    assert client.get("/", headers={"Host": "evil.example"}).status_code == 400
+    assert client.post("/ask", content="{}", headers={"Content-Type": "text/plain"}).status_code == 415

@@ -1,0 +1,60 @@
+"""Conversations with a tiny model."""
+
+from pathlib import Path
+
+import pytest
+
+from tasks.errors import RecipeError
+from tasks.training.generate import LanguageModel, load_language_model
+from tasks.training.talk import Talk, fitted
+from tests.training.tiny import NUM_POSITIONS, save_tiny_model
+
+
+@pytest.fixture(scope="module")
+def loaded(tmp_path_factory: pytest.TempPathFactory) -> LanguageModel:
+    # Short, so that a conversation fits the model's 64 positions: <user>...<end>
+    template = "{% for m in messages %}{{ m['role'][0] }}{{ m['content'] }}<|im_end|>{% endfor %}a"
+    return load_language_model(save_tiny_model(tmp_path_factory.mktemp("model"), chat_template=template))
+
+
+def test_a_turn_is_asked_with_all_that_was_said_before(loaded: LanguageModel) -> None:
+    talk = Talk(loaded, system="S")
+    first = "".join(talk.ask("hi", max_new_tokens=4))
+    assert talk.turns == [{"role": "user", "content": "hi"}, {"role": "assistant", "content": first}]
+    ids, kept = fitted(loaded, talk.opening, [*talk.turns, {"role": "user", "content": "so"}], 4)
+    assert loaded.decode(ids, special=True) == f"sS<|im_end|>uhi<|im_end|>a{first}<|im_end|>uso<|im_end|>a"
+    assert len(kept) == 3
+
+
+def test_an_answer_that_is_left_half_way_is_remembered_as_far_as_it_was_heard(loaded: LanguageModel) -> None:
+    talk = Talk(loaded)
+    pieces = talk.ask("hi", max_new_tokens=30, temperature=2.0, seed=1)
+    heard = next(pieces)
+    pieces.close()  # type: ignore[attr-defined]  # a generator
+    assert talk.turns[-1] == {"role": "assistant", "content": heard}
+    talk.reset()
+    assert talk.turns == []
+
+
+def test_the_earliest_questions_are_forgotten_where_positions_run_out_but_never_the_system_turn(loaded: LanguageModel) -> None:
+    talk = Talk(loaded, system="S")
+    talk.turns = [{"role": "user", "content": "x" * 20}, {"role": "assistant", "content": "y" * 20}] * 2
+    ids, kept = fitted(loaded, talk.opening, [*talk.turns, {"role": "user", "content": "so"}], 4)
+    assert [turn["content"] for turn in kept] == ["x" * 20, "y" * 20, "so"]
+    assert len(ids) + 4 <= NUM_POSITIONS
+    assert loaded.decode(ids, special=True).startswith("sS<|im_end|>ux")
+    list(talk.ask("so", max_new_tokens=4))
+    assert talk.num_forgotten == 2
+
+
+def test_a_question_longer_than_the_model_is_refused_and_forgotten(loaded: LanguageModel) -> None:
+    talk = Talk(loaded)
+    with pytest.raises(RecipeError, match="chat: 83 tokens, the model has 64 positions; say it in fewer words"):
+        list(talk.ask("x" * 80, max_new_tokens=4))
+    assert talk.turns == []
+
+
+def test_what_the_template_refuses_is_said_to_be_refused(tmp_path: Path) -> None:
+    strict = load_language_model(save_tiny_model(tmp_path, chat_template="{{ raise_exception('no system turn') }}"))
+    with pytest.raises(RecipeError, match="the chat template refuses the conversation: no system turn; say it otherwise"):
+        list(Talk(strict).ask("hi", max_new_tokens=4))
