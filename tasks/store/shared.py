@@ -178,8 +178,11 @@ class SharedStore(ArtifactStore):
                 manifest = Manifest.model_validate_json((folder / MANIFEST_NAME).read_bytes())
             except (OSError, ValidationError):
                 continue
-            if manifest.key == key and all(_has_digest(folder / entry.name, entry) for entry in manifest.files):
-                log.info("%s/%s: built before, by a run that ended in its upload; goes on", kind, key[:12])
+            is_own = manifest.key == key == digest_json(manifest.identity)
+            if is_own and all(_has_digest(folder / entry.name, entry) for entry in manifest.files):
+                if self._lost_shards(manifest.shards):
+                    return None  # they alone are built
+                log.info("%s/%s: built before, and not in the bucket; goes on with the upload", kind, key[:12])
                 return replace(self._publish(manifest, folder), found=True)
         return None
 
@@ -260,12 +263,16 @@ class SharedStore(ArtifactStore):
     # To commit
 
     def _place(self, manifest: Manifest) -> Artifact:
+        if lost := self._lost_shards(manifest.shards):
+            raise StoreError(
+                f"{self.place(lost[0].kind, lost[0].key)}: shard {lost[0].name} is gone from the bucket "
+                f"({len(lost)} of {len(manifest.shards)} are); run again to rebuild it"
+            )
         return self._publish(manifest, self.root / ".staging" / manifest.kind / manifest.key)
 
     def _publish(self, manifest: Manifest, folder: Path) -> Artifact:
         """Upload what is in ``folder``, put the manifest, and make the folder the cache's. The first manifest put is kept."""
         self._refuse_without_conditions()
-        self._restore_shards(manifest.shards)
         self._at_once(lambda entry: self._upload(manifest, entry, folder), manifest.files)
         data = (folder / MANIFEST_NAME).read_bytes()
         is_ours = self.bucket.put_new(_manifest_name(manifest.kind, manifest.key), data)
@@ -289,22 +296,18 @@ class SharedStore(ArtifactStore):
         with self._bar(f"upload {entry.name}", entry.num_bytes) as advance:
             self.bucket.upload(folder / entry.name, name, advance)
 
-    def _restore_shards(self, entries: Sequence[ShardEntry]) -> None:
-        """See that every shard to be listed is in the bucket; one that was cleared away is uploaded out of the cache."""
+    def _lost_shards(self, entries: Sequence[ShardEntry]) -> list[ShardEntry]:
+        """The shards to be listed that the bucket has not, once those that the cache has whole are uploaded; forgets them."""
 
         def restore(entry: ShardEntry) -> ShardEntry | None:
             if self.bucket.num_bytes(_manifest_name(entry.kind, entry.key)) is not None:
                 return None
             return None if self.restore(entry.kind, entry.key) else entry
 
-        gone = [entry for entry in self._at_once(restore, entries) if entry]
-        for entry in gone:
+        lost = [entry for entry in self._at_once(restore, entries) if entry]
+        for entry in lost:
             shutil.rmtree(self.root / entry.kind / entry.key, ignore_errors=True)
-        if gone:
-            raise StoreError(
-                f"{self.place(gone[0].kind, gone[0].key)}: shard {gone[0].name} is gone from the bucket "
-                f"({len(gone)} of {len(entries)} are); run again to rebuild it"
-            )
+        return lost
 
     def _refuse_without_conditions(self) -> None:
         """Raise StoreError where the server takes a second object of a name that was to be new: builders would not be apart."""
