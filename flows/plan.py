@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from flows.dag import Node
-from flows.estimate import Estimate, Given, estimate, published
+from flows.estimate import Estimate, Given, estimate, num_tokens, published
 from tasks.errors import SeqmillError
 from tasks.machine import Machine
 from tasks.store import Artifact, ArtifactStore, Digest, digest_json
@@ -43,7 +43,7 @@ class Step:
             "status": self.status,
             "reason": self.reason,
             "nearest": self.nearest.ref if self.nearest else None,
-            "estimate": self.estimate.row() if self.estimate else None,
+            "estimate": _row_of(self.estimate),
         }
 
     def given(self) -> Given:
@@ -118,3 +118,24 @@ def _verdicts(waiting: Mapping[str, Step]) -> str:
     others = [name for name in waiting if name not in certain]
     told = [f"{listed(names)} {verb} be built" for names, verb in ((certain, "will"), (others, "may")) if names]
     return ", ".join(told)
+
+
+def beside_estimates(rows: Iterable[dict[str, Any]], steps: Iterable[Step], store: ArtifactStore) -> list[dict[str, Any]]:
+    """The rows of a run, each with what its artifact took and what it had been estimated at."""
+    estimates = {step.node.name: step.estimate for step in steps}
+    return [{**row, **_actual(row, store), "estimate": _row_of(estimates.get(row["name"]))} for row in rows]
+
+
+def _actual(row: Mapping[str, Any], store: ArtifactStore) -> dict[str, Any]:
+    artifact = store.load(row["kind"], row["key"])
+    record = record_of(artifact.manifest) if artifact else None
+    told = record.produced_by if record and row["status"] == "built" else {}
+    return {
+        "num_bytes": record.num_bytes if record else 0,
+        "num_tokens": num_tokens(record) if record else None,
+        "peak_rss_bytes": max(told.get("peak_rss_bytes") or 0, told.get("peak_child_rss_bytes") or 0) or None,
+    }
+
+
+def _row_of(estimated: Estimate | None) -> dict[str, Any] | None:
+    return estimated.row() if estimated else None

@@ -2,7 +2,7 @@
 
 import logging
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -16,8 +16,9 @@ from flows.recipe import load_recipe
 from flows.settings import load_settings
 from flows.walk import side_by_side
 from tasks.machine import Machine, quiet
-from tasks.stages import TASKS
+from tasks.stages import TASKS, publish_run
 from tasks.store import Artifact, ArtifactStore
+from tasks.store.pins import recorded_run
 
 SEND_SECONDS = 5
 
@@ -33,24 +34,28 @@ def run_recipe(name_or_path: str, overrides: Mapping[str, Any] | None, ends: Ite
     settings = load_settings()
     store = settings.open_store(console_progress())
     machine = replace(settings.machine(console_progress()), on_metrics=console_reports(), recipe=recipe.name)
+    ends = list(ends)
     nodes = ending_with(nodes_of(recipe), ends)
     check_ranks(nodes, machine)
-    walk = Walk(recipe.name, store, machine)
-    if (num_slots := machine.training.num_slots) == 1:
-        for node in nodes:
-            walk.build(node)
-    else:
-        # Two bars cannot stand in one terminal.
-        walk.machine = replace(machine, progress=quiet, on_metrics=None)
-        side_by_side(nodes, num_slots, walk.submit, as_completed, walk.done)
-    return [walk.rows[node.name] for node in nodes]
+    with recorded_run(store.root, recipe.name, ends, overrides) as record:
+        walk = Walk(recipe.name, store, machine, record)
+        if (num_slots := machine.training.num_slots) == 1:
+            for node in nodes:
+                walk.build(node)
+        else:
+            # Two bars cannot stand in one terminal.
+            walk.machine = replace(machine, progress=quiet, on_metrics=None)
+            side_by_side(nodes, num_slots, walk.submit, as_completed, walk.done)
+    rows = [walk.rows[node.name] for node in nodes]
+    publish_run(recipe.name, rows)
+    return rows
 
 
 class Walk:
-    """What is built of a recipe's nodes, and how Prefect is told."""
+    """What is built of a recipe's nodes, and how Prefect is told; ``record`` notes each artifact in the run's record."""
 
-    def __init__(self, recipe: str, store: ArtifactStore, machine: Machine) -> None:
-        self.recipe, self.store, self.machine = recipe, store, machine
+    def __init__(self, recipe: str, store: ArtifactStore, machine: Machine, record: Callable[[str, str], None]) -> None:
+        self.recipe, self.store, self.machine, self.record = recipe, store, machine, record
         self.artifacts: dict[str, Artifact] = {}
         self.told: dict[str, Any] = {}  # Prefect's state or future of every node that has begun: what others wait for
         self.started: dict[str, float] = {}
@@ -71,6 +76,7 @@ class Walk:
     def done(self, node: Node, artifact: Artifact) -> None:
         """Note what came of a node."""
         self.artifacts[node.name] = artifact
+        self.record(node.name, artifact.ref)
         self.rows[node.name] = _row(node.name, artifact, time.perf_counter() - self.started[node.name])
 
     def _arguments(self, node: Node) -> tuple[Any, ...]:

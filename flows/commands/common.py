@@ -21,6 +21,9 @@ UntilOption = Annotated[str, typer.Option("--until", help="the last stage, by ki
 JsonOption = Annotated[bool, typer.Option("--json", help="print JSON on stdout and nothing else")]
 VerboseOption = Annotated[bool, typer.Option("--verbose", help="every log line, the ranks' and Prefect's too")]
 
+# Columns of numbers.
+RIGHT = {"seconds", "estimated", "size", "estimated size", "time", "memory", "number"}
+
 
 def print_json(value: Any) -> None:
     sys.stdout.write(json.dumps(value, ensure_ascii=False, indent=1) + "\n")
@@ -29,7 +32,7 @@ def print_json(value: Any) -> None:
 def print_table(header: list[str], rows: list[list[str]]) -> None:
     table = Table(box=None, pad_edge=False, header_style="bold")
     for name in header:
-        table.add_column(name, justify="right" if name in {"seconds", "size"} else "left", overflow="fold")
+        table.add_column(name, justify="right" if name in RIGHT else "left", overflow="fold")
     for row in rows:
         table.add_row(*(escape(cell) for cell in row))
     out.print(table)

@@ -24,6 +24,14 @@ from tasks.store import ArtifactStore
 
 commands = typer.Typer()
 
+RanksOption = Annotated[
+    int | None, typer.Option("--num-ranks", help="training ranks; absent: one a GPU, else one a core", show_default=False)
+]
+DeepspeedOption = Annotated[
+    str | None,
+    typer.Option("--deepspeed", help="a preset (zero0..zero3_offload), a JSON file, or auto: the cheapest that fits", show_default=False),
+]
+
 
 @commands.command()
 def run(
@@ -32,12 +40,8 @@ def run(
     overrides: SetOption = None,
     store: StoreOption = None,
     num_workers: Annotated[int | None, typer.Option(help="corpus processes; absent: one a core", show_default=False)] = None,
-    num_ranks: Annotated[
-        int | None, typer.Option(help="training ranks; absent: one a GPU, else one a core", show_default=False)
-    ] = None,
-    deepspeed: Annotated[
-        str | None, typer.Option(help="a preset (zero0..zero3_offload) or a JSON file", show_default=False)
-    ] = None,
+    num_ranks: RanksOption = None,
+    deepspeed: DeepspeedOption = None,
     as_json: JsonOption = False,
     verbose: VerboseOption = False,
 ) -> None:
@@ -75,17 +79,21 @@ def plan(
     until: UntilOption = "report",
     overrides: SetOption = None,
     store: StoreOption = None,
+    num_ranks: RanksOption = None,
+    deepspeed: DeepspeedOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Say what `run` would find and what it would build, and why."""
     from flows import plan as planning
     from flows.checks import check_space
+    from flows.memory import HEADER, memory_rows, table_row
 
-    settings = load_settings(store=store)
+    settings = load_settings(store=store, num_ranks=num_ranks, deepspeed=deepspeed)
     loaded = load_recipe(recipe, parse_overrides(overrides or []))
     artifacts, machine = settings.open_store(), replace(settings.machine(), recipe=loaded.name)
     steps = planning.plan(_nodes(loaded, until), artifacts, machine)
-    rows = [step.row() for step in steps]
+    memory = memory_rows(steps, machine)
+    rows = [{**step.row(), "memory": memory.get(step.node.name)} for step in steps]
     if as_json:
         print_json(rows)
         return
@@ -93,6 +101,8 @@ def plan(
         ["stage", "status", "key", "time", "size", "memory", "reason"],
         [[row["name"], row["status"], (row["key"] or "")[:12], *_estimated(row), row["reason"]] for row in rows],
     )
+    if memory:
+        print_table(HEADER, [table_row(name, row) for name, row in memory.items()])
     needed = check_space(loaded, steps, artifacts, machine)
     out.print(f"about {needed / 1e9:.2f} GB to be written to {artifacts.root}")
 
