@@ -60,6 +60,7 @@ class TrainingSettings:
 
     num_ranks: int | None = None  # None: every GPU, or on CPU the most cores that divide the global batch
     deepspeed_config: Path | None = None  # None: the preset zero2.json
+    picks_preset: bool = False  # the cheapest that fits, in place of deepspeed_config: see tasks.training.memory
     launcher: Literal["torchrun", "deepspeed"] = "torchrun"
     hostfile: Path | None = None
     micro_batch_size: int | None = None  # rows per device per forward; None: what divides the global batch
@@ -78,6 +79,7 @@ class Machine:
     num_workers: int = 1
     pool: Literal["threads", "processes"] | None = None  # None: threads, up to MOST_THREADS workers
     endpoints: Mapping[str, str] = field(default_factory=dict)  # "huggingface", "modelscope": where the hubs answer
+    tokens: Mapping[str, str] = field(default_factory=dict, repr=False)  # by host: what opens it; never told to anybody else
     training: TrainingSettings = field(default_factory=TrainingSettings)
     progress: Progress = quiet
     runner: ShardRunner | None = None

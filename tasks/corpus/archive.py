@@ -68,7 +68,7 @@ def identify_archive(spec: ArchiveSpec, store: ArtifactStore, machine: Machine) 
         _check_local(where)
         with machine.progress("digest", where.stat().st_size, "B") as advance:
             return f"sha256:{store.digests.digest(where, advance)}"
-    return _identify_remote(where, ask(where))
+    return _identify_remote(where, ask(where, machine.tokens))
 
 
 def _identify_remote(url: str, remote: Remote) -> str:
@@ -91,7 +91,10 @@ def build_archive(work: Work, spec: ArchiveSpec) -> Built:
         log.info("%s: the bytes are in the store as %s", spec.url, adopted.ref)
         return Built(stats, digests={ARCHIVE_NAME: Digest(stats["sha256"])}, produced_by={"adopted": adopted.ref})
     where = resolve(spec.url, work.machine.endpoints)
-    had = _copy(where, work) if isinstance(where, Path) else fetch(where, work.scratch, work.machine.progress)
+    if isinstance(where, Path):
+        had = _copy(where, work)
+    else:
+        had = fetch(where, work.scratch, work.machine.progress, tokens=work.machine.tokens)
     if not expected and work.source != f"{had.validator} {had.num_bytes}":
         discard(work.scratch)
         raise SourceError(f"{spec.url}: changed on the server while it was fetched; run again")

@@ -10,10 +10,11 @@ import json
 import logging
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
+from urllib.parse import urlsplit
 
 import httpx
 
@@ -24,6 +25,8 @@ from tasks.store.digest import READ_BYTES, write_all, write_atomically
 log = logging.getLogger(__name__)
 
 T = TypeVar("T")
+
+NO_TOKENS: Mapping[str, str] = {}
 
 # Seconds between tries that bring no new byte; a try that brings some starts the row again. Two minutes in all.
 RETRY_WAITS_SECONDS: tuple[float, ...] = (1, 2, 4, 8, 15, 30, 60)
@@ -38,8 +41,8 @@ TIMEOUT = httpx.Timeout(60, connect=20)
 PASSING_STATUS = (408, 425, 429)
 
 HINTS = {
-    401: "it asks for an account: fetch the file by hand and name its path",
-    403: "access is refused: fetch the file by hand and name its path",
+    401: "it asks for an account: put its token into SEQMILL_TOKENS, or fetch the file by hand and name its path",
+    403: "access is refused: put a token into SEQMILL_TOKENS, or fetch the file by hand and name its path",
     404: "nothing is there: check the address, the path and the revision",
 }
 
@@ -119,10 +122,11 @@ class _DroppedError(Exception):
         self.wait_seconds = wait_seconds  # what the server asks for
 
 
-def ask(url: str) -> Remote:
+def ask(url: str, tokens: Mapping[str, str] = NO_TOKENS) -> Remote:
     """Ask a server for a file's validator and size. Raises SourceError where it cannot be had."""
+    headers = _authorization(url, tokens)
     try:
-        return _retried(url, lambda: _ask_once(url), lambda: 0, time.sleep, RETRY_WAITS_SECONDS[:NUM_ASK_WAITS])
+        return _retried(url, lambda: _ask_once(url, headers), lambda: 0, time.sleep, RETRY_WAITS_SECONDS[:NUM_ASK_WAITS])
     except _DroppedError as dropped:
         raise SourceError(
             f"{url}: {dropped}, {NUM_ASK_WAITS + 1} tries in a row; "
@@ -130,19 +134,27 @@ def ask(url: str) -> Remote:
         ) from dropped
 
 
-def fetch(url: str, folder: Path, progress: Progress, sleep: Callable[[float], None] = time.sleep) -> Fetched:
+def fetch(
+    url: str,
+    folder: Path,
+    progress: Progress,
+    sleep: Callable[[float], None] = time.sleep,
+    tokens: Mapping[str, str] = NO_TOKENS,
+) -> Fetched:
     """Bring the file at ``url`` into ``folder``, going on where an earlier run stopped.
 
+    tokens: by host, what opens it. A server that the host sends on to is not given it.
     Raises SourceError when the server refuses, or when the tries run out; what was had by then stays for the next run.
     Raises DiskSpaceError before the first byte when the rest does not fit.
     """
     partial = _Partial(folder / "partial")
     partial.read_back()
+    headers = _authorization(url, tokens)
     if partial.size and not partial.is_whole:
         log.info("%s: going on at byte %d of %s", url, partial.size, partial.total)
     if not partial.is_whole:
         try:
-            _retried(url, lambda: _fetch_once(url, partial, progress), lambda: partial.size, sleep, RETRY_WAITS_SECONDS)
+            _retried(url, lambda: _fetch_once(url, partial, progress, headers), lambda: partial.size, sleep, RETRY_WAITS_SECONDS)
         except _DroppedError as dropped:
             raise SourceError(
                 f"{url}: {dropped}, {len(RETRY_WAITS_SECONDS) + 1} tries in a row; "
@@ -190,12 +202,12 @@ def _retried(
             sleep(wait)
 
 
-def _ask_once(url: str) -> Remote:
-    with _answer("HEAD", url, {}) as answer:
+def _ask_once(url: str, headers: dict[str, str]) -> Remote:
+    with _answer("HEAD", url, headers) as answer:
         # A signed address of an object store answers to the one method that it was signed for.
         if answer.status_code not in (403, 405, 501):
             return _remote(url, answer)
-    with _answer("GET", url, {}) as answer:
+    with _answer("GET", url, headers) as answer:
         return _remote(url, answer)
 
 
@@ -206,8 +218,8 @@ def _remote(url: str, answer: httpx.Response) -> Remote:
     return Remote(_validator(answer), _int(answer.headers.get("content-length")), linked if is_sha256 else None)
 
 
-def _fetch_once(url: str, partial: _Partial, progress: Progress) -> None:
-    headers = {}
+def _fetch_once(url: str, partial: _Partial, progress: Progress, headers: dict[str, str]) -> None:
+    headers = dict(headers)
     if partial.size:
         headers["Range"] = f"bytes={partial.size}-"
         if partial.validator and not partial.validator.startswith("etag:W/"):  # a weak one never matches
@@ -261,6 +273,11 @@ def _take(answer: httpx.Response, partial: _Partial, advance: Advance) -> None:
             write_all(target, data)
             partial.add(data)
             advance(len(data))
+
+
+def _authorization(url: str, tokens: Mapping[str, str]) -> dict[str, str]:
+    token = tokens.get(urlsplit(url).hostname or "")
+    return {"Authorization": f"Bearer {token}"} if token else {}
 
 
 @contextlib.contextmanager

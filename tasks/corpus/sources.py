@@ -32,7 +32,11 @@ def resolve(url: str, endpoints: Mapping[str, str]) -> Path | str:
     """
     scheme = match[1].lower() if (match := _SCHEME.match(url)) else None
     if scheme in ("http", "https"):
-        if not urlsplit(url).hostname:
+        parts = urlsplit(url)
+        if parts.username is not None or parts.password is not None:
+            # Not repeated: it would stand in the log, and from the recipe in every manifest.
+            raise ValueError(f"an account in the address of {parts.hostname}; leave it out and put a token into SEQMILL_TOKENS")
+        if not parts.hostname:
             raise ValueError(f"{url}: no host in it; write {FORMS}")
         return url
     if scheme == "modelscope":

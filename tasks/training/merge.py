@@ -16,7 +16,9 @@ from tasks.training.rank import run_rank
 
 def merge(plan: dict[str, Any]) -> None:
     """Merge in fp32 and save in the base's number format."""
-    model = AutoModelForCausalLM.from_pretrained(plan["base_dir"], dtype=torch.float32, local_files_only=True)
+    model = AutoModelForCausalLM.from_pretrained(
+        plan["base_dir"], dtype=torch.float32, local_files_only=True, use_safetensors=True
+    )
     merged = merged_model(model, plan["adapter_dir"])
     merged.to(getattr(torch, plan["dtype"])).save_pretrained(plan["output_dir"])
 

@@ -20,7 +20,8 @@ class Published:
     refuses_head: bool = False
     gives_length: bool = True
     headers: dict[str, str] = field(default_factory=dict)
-    # Taken one a GET, in order: ("drop", n) sends n bytes and closes; ("status", n) answers n; ("retry-after", text) 429.
+    # Taken one a GET, in order: ("drop", n) sends n bytes and closes; ("silence", n) sends n bytes and waits
+    # for the client to give up; ("status", n) answers n; ("retry-after", text) 429.
     faults: list[tuple[str, Any]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -72,7 +73,10 @@ class _Handler(BaseHTTPRequestHandler):
             return self._answer(fault[1], {})
         if fault[0] == "retry-after":
             return self._answer(429, {"Retry-After": fault[1]})
-        return self._send(published, fault[1] if fault[0] == "drop" else None)
+        self._send(published, fault[1] if fault[0] in ("drop", "silence") else None)
+        if fault[0] == "silence":
+            self.connection.recv(1)  # nothing, once the client has closed
+        return None
 
     def _send(self, published: Published, drop_at: int | None) -> None:
         start = self._start(published)

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import httpx
 import pytest
 from pydantic import ValidationError
 
@@ -429,3 +430,29 @@ def test_a_fetch_killed_after_its_last_byte_asks_for_nothing_more(server: Loopba
     fetch.fetch(url, tmp_path, Machine().progress)
     assert fetch.fetch(url, tmp_path, Machine().progress).md5 == MD5
     assert len(server.asked("GET")) == 1
+
+
+def test_a_token_opens_its_host_and_is_not_passed_on(store: ArtifactStore, server: Loopback) -> None:
+    server.files["/elsewhere"] = Published(DATA)
+    server.redirects["/a"] = (server.url("/elsewhere", host="localhost"), {})
+    machine = Machine(tokens={"127.0.0.1": "planted", "other": "unused"})
+    artifact = build_archive(store, machine, ArchiveSpec(url=server.url("/a")))
+    asked = {(path, headers.get("authorization")) for _, path, headers in server.requests}
+    assert asked == {("/a", "Bearer planted"), ("/elsewhere", None)}
+    assert "planted" not in f"{artifact.manifest.model_dump()} {machine}"
+
+
+def test_wrong_bytes_are_not_asked_for_again(store: ArtifactStore, server: Loopback) -> None:
+    url = publish(server, Published(OTHER))
+    with pytest.raises(SourceError, match="differs from the expected"):
+        get(store, url, md5=MD5)
+    assert len(server.asked("GET")) == 1
+
+
+def test_a_server_that_falls_silent_is_asked_to_go_on(
+    store: ArtifactStore, server: Loopback, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fetch, "TIMEOUT", httpx.Timeout(0.2, connect=20))
+    url = publish(server, Published(DATA, faults=[("silence", 1000)]))
+    assert bytes_of(get(store, url, md5=MD5)) == DATA
+    assert [headers.get("range") for _, headers in server.asked("GET")] == [None, "bytes=1000-"]
