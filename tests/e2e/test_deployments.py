@@ -1,0 +1,178 @@
+"""Everyday operation: a server and a worker that stay, runs that are started, cancelled, killed and retried, changed data."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+
+import pytest
+
+from tests.e2e.operated import LONG, SECRET, Operated, operated, wait_for
+from tests.e2e.world import corpus
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
+
+FLOWS = ["corpus-flow", "pretrain-flow", "sft-flow", "adapt-flow", "everything-flow", "watch-flow"]
+
+
+@pytest.fixture(scope="module")
+def up(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Operated]:
+    folder = tmp_path_factory.mktemp("operated")
+    with operated(folder) as store:
+        yield store
+    assert store.processes() == []
+    assert store.seqmill("down") == "nothing runs\n"
+
+
+@pytest.fixture(scope="module")
+def first(up: Operated) -> str:
+    """A run that the card's own command starts and watches."""
+    told = up.prefect("deployment", "run", "pretrain-flow", "--param", f"recipe={up.recipe}", "--watch")
+    assert "finished successfully" in told
+    return str(up.runs_of("pretrain-flow")[-1]["id"])
+
+
+def training(up: Operated, seed: int) -> str:
+    """Start a longer run, and wait until it trains and has a checkpoint of its own."""
+    before = set(up.checkpoints())
+    overrides = {"pretrained": {**LONG["pretrained"], "seed": seed}}
+    run = up.start("pretrain-flow", recipe=str(up.recipe), overrides=overrides)
+    wait_for(lambda: set(up.checkpoints()) - before)
+    return run
+
+
+def resumed_from(up: Operated) -> int:
+    return int(json.loads(up.seqmill("show", "pretrained", "--json"))["produced_by"]["resumed_from"])
+
+
+def test_up_again_leaves_what_runs_and_every_flow_has_its_deployment(up: Operated) -> None:
+    before = [up.service(name) for name in ("server", "worker")]
+    assert f"http://127.0.0.1:{up.port}" in up.up()
+    assert [up.service(name) for name in ("server", "worker")] == before
+    names = {entry["name"] for entry in up.api("/deployments/filter", {})}
+    assert names == set(FLOWS)
+    assert {entry["name"] for entry in up.api("/automations/filter", {})} == {"seqmill-corpus-changed", "seqmill-crashed"}
+
+
+def test_the_very_command_of_the_card_starts_a_run(up: Operated) -> None:
+    told = up.prefect("deployment", "run", "pretrain-flow", "--start-in", "in 1 hour")
+    assert "Creating flow run for deployment 'pretrain-flow/pretrain-flow'" in told
+    up.api(f"/flow_runs/{up.runs_of('pretrain-flow')[-1]['id']}", method="DELETE")
+
+
+def test_the_form_shows_typed_fields_with_their_descriptions(up: Operated) -> None:
+    for flow in FLOWS:
+        schema = up.api(f"/deployments/name/{flow}/{flow}", method="GET")["parameter_openapi_schema"]["properties"]
+        assert [name for name, field in schema.items() if not field.get("description")] == []
+        block_size = schema["overrides"]["properties"]["blocks"]["properties"]["block_size"]
+        assert (block_size["type"], block_size["description"]) == ("integer", "token ids a block")
+
+
+def test_a_second_run_finds_all(up: Operated, first: str) -> None:
+    again = up.start("pretrain-flow", recipe=str(up.recipe), overrides={"blocks": {"block_size": 64}})
+    assert up.end(again) == "Completed"
+    stages = {name: state for name, state in up.tasks(again).items() if name.startswith("small ")}
+    assert set(stages.values()) == {"Cached"}
+    assert {f"small {name}" for name in ("archive", "documents", "tokenizer", "tokens", "blocks", "pretrained")} == set(stages)
+
+
+def test_changed_data_starts_a_run_that_builds_only_what_changed(up: Operated, first: str) -> None:
+    def watch() -> str:
+        run = up.start("watch-flow", recipe=str(up.recipe))
+        assert up.end(run) == "Completed"
+        return str(up.api(f"/flow_runs/{run}", method="GET")["state"]["message"])
+
+    assert watch().startswith("nothing changed")
+    os.utime(up.folder / "corpus")
+    assert watch().startswith("nothing changed")
+    before = len(up.runs_of("pretrain-flow"))
+    (up.folder / "corpus").write_bytes(corpus(620))
+    assert watch() == "changed: archive"
+    wait_for(lambda: len(up.runs_of("pretrain-flow")) > before)
+    run = up.runs_of("pretrain-flow")[-1]
+    (change,) = run["parameters"]["changes"]
+    assert (change["name"], change["old"] != change["new"]) == ("archive", True)
+    assert up.end(run["id"]) == "Completed"
+    states = up.tasks(run["id"])
+    assert states["small tokenizer"] == "Cached"
+    assert {state for name, state in states.items() if name.startswith("tokens ")} == {"Cached", "Completed"}
+    assert watch().startswith("nothing changed")
+    assert len(up.runs_of("pretrain-flow")) == before + 1
+
+
+def test_a_cancelled_run_ends_every_rank_and_a_newer_run_goes_on_from_its_checkpoint(up: Operated, first: str) -> None:
+    run = training(up, seed=21)
+    newer = up.start("pretrain-flow", recipe=str(up.recipe), overrides={"pretrained": {**LONG["pretrained"], "seed": 21}})
+    wait_for(lambda: up.state(newer) == "AwaitingConcurrencySlot")
+    up.prefect("flow-run", "cancel", run)
+    wait_for(lambda: not up.processes("tasks.training.worker"))
+    wait_for(lambda: up.state(run) == "Cancelled")
+    assert up.end(newer) == "Completed"
+    assert resumed_from(up) >= 50
+
+
+def test_a_killed_flow_is_crashed_and_a_retry_goes_on(up: Operated, first: str) -> None:
+    run = training(up, seed=22)
+    for pid in up.processes("prefect.engine"):
+        os.kill(pid, signal.SIGKILL)
+    wait_for(lambda: not up.processes("tasks.training.worker"))
+    assert up.end(run) == "Crashed"
+    # The worker reports it a second time, some 10 s later: a retry before that would be taken for the run that crashed.
+    wait_for(lambda: f"Reported flow run '{run}' as crashed" in messages(up, run))
+    up.retry(run)
+    wait_for(lambda: up.state(run) == "Running")
+    assert up.end(run) == "Completed"
+    assert resumed_from(up) >= 50
+
+
+def test_a_killed_worker_leaves_no_rank_and_the_next_one_goes_on(up: Operated, first: str) -> None:
+    run = training(up, seed=23)
+    os.kill(up.service("worker"), signal.SIGKILL)
+    wait_for(lambda: not up.processes("prefect.engine") and not up.processes("tasks.training.worker"))
+    assert up.end(run) == "Crashed"
+    up.up()
+    up.retry(run)
+    wait_for(lambda: up.state(run) == "Running")
+    assert up.end(run) == "Completed"
+    assert resumed_from(up) >= 50
+
+
+def test_a_run_that_says_nothing_any_more_is_crashed(up: Operated, first: str) -> None:
+    run = training(up, seed=24)
+    os.kill(up.service("worker"), signal.SIGKILL)
+    for pid in up.processes("prefect.engine"):
+        os.kill(pid, signal.SIGKILL)
+    assert up.end(run) == "Crashed"
+    assert "no heartbeat" in up.api(f"/flow_runs/{run}", method="GET")["state"]["message"]
+    assert up.processes("tasks.training.worker") == []
+    up.up()
+
+
+def test_eight_runs_at_once_lose_nothing(up: Operated, first: str) -> None:
+    command = [sys.executable, "-c", "from flows.cli import main; main()", "run", str(up.recipe), "--until", "blocks"]
+    before = {run["id"] for run in up.runs_of("everything-flow")}
+    processes = [
+        subprocess.Popen(
+            [*command, "--set", f"blocks.block_size={32 + i}"], env=up.environment, stderr=subprocess.PIPE, text=True
+        )
+        for i in range(8)
+    ]
+    told = [process.communicate()[1] for process in processes]
+    assert [process.returncode for process in processes] == [0] * 8, told
+    runs = [run for run in up.runs_of("everything-flow") if run["id"] not in before]
+    assert [run["state"]["name"] for run in runs] == ["Completed"] * 8
+    counts = {len(up.tasks(run["id"])) for run in runs}
+    assert len(counts) == 1, counts  # whatever SQLite was locked for was asked again
+
+
+def test_a_secret_of_the_environment_is_nowhere_in_the_store_the_logs_or_the_database(up: Operated, first: str) -> None:
+    for path in up.folder.rglob("*"):
+        if path.is_file():
+            assert SECRET.encode() not in path.read_bytes(), path
+
+
+def messages(up: Operated, run: str) -> str:
+    body = {"logs": {"flow_run_id": {"any_": [run]}}, "sort": "TIMESTAMP_DESC"}
+    return "\n".join(entry["message"] for entry in up.api("/logs/filter", body))
