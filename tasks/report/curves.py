@@ -42,7 +42,7 @@ def training_of(name: str, artifact: Artifact, bits: float | None) -> Training:
     for metric, file, title, label, from_zero in CURVES if name == "pretrained" else ():
         if curve := points(metrics, metric):
             plots.append(curve_plot(file, title, label, curve, from_zero=from_zero))
-    return Training(name, TITLES[name], tuple(facts(artifact)), validation, tuple(plots))
+    return Training(name, TITLES.get(name, name.removeprefix("adapter_")), tuple(facts(artifact)), validation, tuple(plots))
 
 
 def points(metrics: list[dict[str, Any]], name: str) -> tuple[Point, ...]:

@@ -13,6 +13,7 @@ from typing import Any
 import orjson
 
 from tasks.report import tables
+from tasks.report.comparison import compared, comparison_table, shown_name
 from tasks.report.corpus import conversations_table, corpus_facts, corpus_plots, corpus_tables
 from tasks.report.curves import Training, bits_per_loss, training_of
 from tasks.report.numbers import count, percent, whole
@@ -57,6 +58,8 @@ class Page:
     corpus: dict[str, Table]
     corpus_plots: tuple[Plot, ...]
     trainings: tuple[Training, ...]
+    comparison: Table | None
+    compared_trainings: tuple[Training, ...]
     conversations: Table | None
     accuracy: Table | None
     accuracy_plot: Plot | None
@@ -70,6 +73,8 @@ class Page:
         """Every plot, in the page's order."""
         yield from self.corpus_plots
         for training in self.trainings:
+            yield from training.plots
+        for training in self.compared_trainings:
             yield from training.plots
         if self.accuracy_plot:
             yield self.accuracy_plot
@@ -95,6 +100,8 @@ def page_of(artifacts: Artifacts, title: str | None) -> Page:
         corpus=dict(corpus_tables(artifacts)),
         corpus_plots=tuple(corpus_plots(artifacts)),
         trainings=trainings,
+        comparison=comparison_table(artifacts),
+        compared_trainings=tuple(training_of(name, artifacts[name], None) for name in compared(artifacts)),
         conversations=conversations_table(artifacts["examples"]) if "examples" in artifacts else None,
         accuracy=tables.accuracy_table(evaluations) if evaluations else None,
         accuracy_plot=plot_of_accuracy(held_out),
@@ -108,8 +115,8 @@ def page_of(artifacts: Artifacts, title: str | None) -> Page:
 
 def read_evaluations(artifacts: Artifacts) -> dict[str, dict[str, Any]]:
     """evaluation.json of every model that was evaluated, by the model's name."""
-    named = {name: artifacts.get(f"evaluation_{name}") for name in MODELS}
-    return {name: orjson.loads(found.file("evaluation.json").read_bytes()) for name, found in named.items() if found}
+    named = {name: artifacts.get(f"evaluation_{name}") for name in (*MODELS, *compared(artifacts))}
+    return {shown_name(name): orjson.loads(found.file("evaluation.json").read_bytes()) for name, found in named.items() if found}
 
 
 def summary(artifacts: Artifacts) -> str:
@@ -151,6 +158,10 @@ def figures(
         if held_out := evaluations.get(name, {}).get("held_out"):
             note = f"baseline {percent(held_out['majority_share'])}"
             yield Figure(f"Accuracy, {name}", percent(held_out["accuracy"]), note)
+    asked = {name: told["held_out"] for name in map(shown_name, compared(artifacts)) if (told := evaluations.get(name, {}))}
+    if scores := {name: held_out["accuracy"] for name, held_out in asked.items() if held_out}:
+        best = max(scores, key=lambda name: scores[name])
+        yield Figure("Best accuracy, compared", percent(scores[best]), f"{best}, of {len(scores)} methods")
 
 
 def trained_figure(artifacts: Artifacts) -> Figure:

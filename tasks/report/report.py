@@ -29,7 +29,7 @@ class ReportSpec(Spec):
     title: str | None = Field(None, description="headline of the page; absent: a plain one")
 
 
-@stage("report", revision=2)
+@stage("report", revision=3)
 def build_report(work: Work, spec: ReportSpec, **artifacts: Artifact) -> Built:
     """Write the report on the artifacts that there are, by node name; a section without its artifacts is left out."""
     page = page_of(artifacts, spec.title)
@@ -65,7 +65,12 @@ def markdown_cell(text: str) -> str:
 
 def records(page: Page) -> dict[str, list[dict[str, str]]]:
     """The tables that a page has, by name, as Prefect takes a table."""
-    named: Mapping[str, Table | None] = {"stages": page.stages, **page.corpus, "accuracy": page.accuracy}
+    named: Mapping[str, Table | None] = {
+        "stages": page.stages,
+        **page.corpus,
+        "comparison": page.comparison,
+        "accuracy": page.accuracy,
+    }
     return {name: table.records() for name, table in named.items() if table}
 
 
