@@ -1,0 +1,98 @@
+"""Keep artifacts, and give room back: pin, unpin, gc."""
+
+from datetime import datetime
+from typing import Annotated
+
+import typer
+from rich.markup import escape
+
+from flows.commands.common import JsonOption, StoreOption, print_json, print_table
+from flows.console import out
+from flows.settings import load_settings
+from tasks.errors import UserError
+from tasks.report.numbers import duration, size
+from tasks.store import ArtifactStore, SharedStore
+
+commands = typer.Typer()
+
+HOUR = 3600.0
+RefsArgument = Annotated[list[str], typer.Argument(metavar="REF", help="kind (its newest), kind/key, or key")]
+
+
+@commands.command()
+def pin(
+    refs: Annotated[list[str] | None, typer.Argument(metavar="REF", help="absent: list the pins", show_default=False)] = None,
+    note: Annotated[str | None, typer.Option(help="why, or what it is released as", show_default=False)] = None,
+    store: StoreOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Keep artifacts, with all that they were made from, whatever `gc` collects."""
+    from tasks.store.pins import pin as pin_artifact
+    from tasks.store.pins import pins
+
+    artifacts = _local(store, "pin")
+    for artifact in [artifacts.resolve(ref) for ref in refs or []]:
+        pin_artifact(artifact, note)
+    found = pins(artifacts.root)
+    if as_json:
+        print_json(found)
+    else:
+        print_table(["pinned", "since", "note"], [[one["ref"], one["pinned"][:19], one["note"] or ""] for one in found])
+
+
+@commands.command()
+def unpin(refs: RefsArgument, store: StoreOption = None) -> None:
+    """Take pins off."""
+    from tasks.store.pins import unpin as unpin_artifact
+
+    artifacts = _local(store, "unpin")
+    for artifact in [artifacts.resolve(ref) for ref in refs]:
+        _say(f"{artifact.ref}: {'unpinned' if unpin_artifact(artifact) else 'was not pinned'}")
+
+
+@commands.command()
+def gc(
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="say what would go, and leave it")] = False,
+    keep_last: Annotated[
+        int, typer.Option(help="of each stage of each recipe, the last so many artifacts of its runs", min=0)
+    ] = 3,
+    grace: Annotated[float, typer.Option(help="hours that something lies unused before it goes, and in the trash", min=0)] = 24.0,
+    store: StoreOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Move what no pin and no recent run needs into the trash, and delete what has lain there for the grace."""
+    from tasks.store.gc import collect
+
+    artifacts = _local(store, "gc")
+    collected = collect(artifacts, keep_last=keep_last, grace_seconds=grace * HOUR, dry_run=dry_run)
+    if as_json:
+        print_json(collected.row())
+        return
+    print_table(
+        ["collected", "number", "size"], [[taken.what, f"{taken.number:,}", size(taken.num_bytes)] for taken in collected.taken]
+    )
+    would = "would be " if dry_run else ""
+    _say(f"{size(collected.taken_bytes)} {would}moved to the trash; {size(collected.deleted_bytes)} {would}deleted from it")
+    kept = f"{collected.num_kept:,} artifacts and shards kept"
+    _say(f"{kept}, {collected.num_in_use:,} of them only for having been used lately" if collected.num_in_use else kept)
+    if collected.in_use_since:
+        since = datetime.fromtimestamp(collected.in_use_since).astimezone().isoformat(timespec="seconds")
+        _say(f"a process has used the store since {since}: nothing that was used since is collected")
+    if collected.trash_bytes and not dry_run:
+        _say(
+            f"{size(collected.trash_bytes)} in the trash, deleted by a gc in {duration(grace * HOUR)} or later, or with --grace 0"
+        )
+
+
+def _local(store: str | None, command: str) -> ArtifactStore:
+    artifacts = load_settings(store=store).open_store()
+    if isinstance(artifacts, SharedStore):
+        raise UserError(
+            f"{command}: {artifacts.address} is a shared store, of which no machine knows all runs; "
+            "name a local store with --store, or let the bucket's own rules expire what is old"
+        )
+    return artifacts
+
+
+def _say(line: str) -> None:
+    out.print(escape(line), soft_wrap=True, highlight=False)
