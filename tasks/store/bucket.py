@@ -43,10 +43,11 @@ class Patience:
     """How long a request is waited for, and how often it is tried again."""
 
     connect_seconds: float = 10.0
-    read_seconds: float = 30.0  # without a single byte
-    num_retries: int = 8  # within obstore, from 0.2 s on, doubled each time, with jitter
+    read_seconds: float = 120.0  # without a byte of an answer; while a part is on its way up, too
+    num_retries: int = 8  # within obstore, after a fifth of first_seconds, doubled each time, with jitter
     retry_seconds: float = 120.0
-    num_tries: int = 3  # of all that
+    num_tries: int = 4  # of all that
+    first_seconds: float = 1.0  # between two of them, doubled each time
 
 
 class Bucket:
@@ -106,7 +107,10 @@ class Bucket:
         return [path.rstrip("/").rsplit("/", 1)[-1] for path in found["common_prefixes"]] if found else []
 
     def upload(self, source: Path, name: str, advance: Advance) -> None:
-        """Write a file as an object, a large one in parts; the object appears whole or not at all."""
+        """Write a file as an object, a large one in parts; the object appears whole or not at all.
+
+        ``name`` is the file's alone: an object of its size there is this file, by a try whose answer was cut off.
+        """
         import obstore
 
         size = source.stat().st_size
@@ -118,7 +122,8 @@ class Bucket:
         told = _Told(advance)
 
         def put() -> None:
-            told.begin()
+            if told.begin() and self.num_bytes(name) == size:
+                return
             parts = _parts(source, part_bytes, told.advance)
             obstore.put(self._store, name, parts, chunk_size=part_bytes, max_concurrency=NUM_CONNECTIONS)
 
@@ -185,7 +190,7 @@ class Bucket:
                     hint = "check the credentials and their rights" if isinstance(error, final) else "run again to go on"
                     raise StoreError(f"{self.url}/{name}: {what}; {hint}") from None
                 log.warning("%s/%s: %s; tried again", self.url, name, what)
-                time.sleep(min(2.0**number, self.patience.retry_seconds / 10))
+                time.sleep(self.patience.first_seconds * 2.0 ** (number - 1))
         raise AssertionError("num_tries is at least 1")
 
 
@@ -212,7 +217,11 @@ def _connect(url: str, endpoint: str | None, patience: Patience) -> "ObjectStore
         retry_config={
             "max_retries": patience.num_retries,
             "retry_timeout": timedelta(seconds=patience.retry_seconds),
-            "backoff": {"init_backoff": timedelta(seconds=0.2), "max_backoff": timedelta(seconds=10), "base": 2},
+            "backoff": {
+                "init_backoff": timedelta(seconds=patience.first_seconds / 5),
+                "max_backoff": timedelta(seconds=10),
+                "base": 2,
+            },
         },
     )
     return store
@@ -228,11 +237,14 @@ class _Told:
     """Tells a bar how far an upload is; what a failed try told is taken back by the next."""
 
     def __init__(self, advance: Advance) -> None:
-        self._advance, self._sent = advance, 0
+        self._advance, self._sent, self._is_begun = advance, 0, False
 
-    def begin(self) -> None:
+    def begin(self) -> bool:
+        """Whether there was a try before."""
+        is_again, self._is_begun = self._is_begun, True
         self._advance(-self._sent)
         self._sent = 0
+        return is_again
 
     def advance(self, amount: int) -> None:
         self._sent += amount
