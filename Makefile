@@ -14,7 +14,7 @@ SEED ?= 7
 
 PORT ?= 4200
 
-.PHONY: demo up down test lint types contracts suite slow faults resume-matrix ui lock clean
+.PHONY: demo up down test lint types contracts suite slow faults resume-matrix ui screenshots lock clean
 
 demo: .venv/.demo
 	$(SEQMILL) demo-data data/demo
@@ -51,6 +51,10 @@ faults: .venv/.dev
 # Every resume that is promised, a line a cell, some 20 minutes on two cores; stopped and started again, it does what is left.
 resume-matrix: .venv/.dev
 	$(BIN)/python -m tests.training.matrix .resume-matrix
+
+# The pictures of docs/ui.md: two small recipes, a server on loopback, Debian's chromium; some three minutes.
+screenshots: .venv/.dev
+	$(BIN)/python -m docs.screenshots
 
 ui: .venv/.demo
 	$(SEQMILL) ui

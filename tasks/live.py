@@ -51,10 +51,13 @@ class Live:
             self.machine.on_metrics(report)
 
     def _key(self, label: str) -> str:
-        return "progress-" + re.sub(r"[^a-z0-9]+", "-", label.lower())
+        """A key for each bar of each stage: the UI keeps what has one key as versions of one thing."""
+        stage = self.name.rpartition(" ")[2]
+        named = ("progress", stage) if stage.startswith(label) else ("progress", stage, label)
+        return re.sub(r"[^a-z0-9]+", "-", "-".join(named).lower())
 
     def _now(self, label: str, shown: "Amount") -> tuple[float, str]:
-        what = self.name if self.name.endswith(label) else f"{self.name}: {label}"
+        what = self.name if self.name.rpartition(" ")[2].startswith(label) else f"{self.name}: {label}"
         return shown.percent, f"{what}: {self.told.get(label, shown)}"
 
 

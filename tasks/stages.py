@@ -5,7 +5,7 @@ the state ``Cached``; one that was built, in ``Completed``. Only small reference
 """
 
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -26,6 +26,7 @@ from tasks.machine import Machine, Progress, ShardRunner
 from tasks.report.corpus import shown_markdown, shown_tables
 from tasks.report.report import build_report, prefect_markdown, prefect_tables
 from tasks.report.shown import evaluation_tables, training_markdown
+from tasks.report.tables import KEY_CHARACTERS
 from tasks.store import Artifact, ArtifactStore, Spec, Stage
 from tasks.training.adapter import build_adapter
 from tasks.training.evaluation import build_evaluation
@@ -137,6 +138,25 @@ def publish_report(report: Artifact) -> None:
     create_markdown_artifact(key="report", markdown=prefect_markdown(report), description=report.ref)
     for name, rows in prefect_tables(report).items():
         create_table_artifact(key=name, table=rows, description=f"{name} of {report.ref}")
+
+
+def publish_run(recipe: str, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Show what a run found and what it built, which have one color in the UI's graph."""
+    table = [
+        {
+            "Stage": row["name"],
+            "State": "Cached" if row["status"] == "found" else "Completed",
+            "Artifact": f"{row['kind']}/{row['key'][:KEY_CHARACTERS]}",
+            "Seconds": f"{row['seconds']:.1f}",
+        }
+        for row in rows
+    ]
+    num_found = sum(row["status"] == "found" for row in rows)
+    told = f"{recipe}: {num_found} of {len(rows)} stages found, {len(rows) - num_found} built"
+    try:
+        create_table_artifact(key="run", table=table, description=told)
+    except Exception as error:
+        log.warning("%s: not shown in the Prefect UI: %s: %s", told, type(error).__name__, error)
 
 
 fetch = as_task(build_archive)

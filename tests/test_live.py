@@ -50,7 +50,7 @@ def test_a_bar_is_an_artifact_that_ends_full(monkeypatch: pytest.MonkeyPatch) ->
         advance(50)
         assert server.seen.wait(10)
         advance(150)
-    assert server.keys == ["progress-train-rows"]
+    assert server.keys == ["progress-documents-train-rows"]
     assert server.told[0] == (0.0, "demo documents: train rows: 0 of 200 examples")
     assert server.told[-1] == (100.0, "demo documents: train rows: 200 of 200 examples")
     assert moved == [50, 150]
@@ -77,7 +77,7 @@ def test_a_server_that_fails_is_named_once_and_costs_nothing(
     with caplog.at_level(logging.WARNING), Live(Machine(), "demo").progress("tokens", 2, "shards") as advance:
         advance(2)
     assert [record.levelname for record in caplog.records] == ["WARNING"]
-    assert "progress-tokens" in caplog.text
+    assert "progress-demo-tokens" in caplog.text
 
 
 def test_an_amount_is_spelled_in_its_unit_and_a_total_that_is_not_known_is_not_told() -> None:

@@ -43,6 +43,7 @@ def loss_plot(name: str, title: str, train: Sequence[Point], validation: Sequenc
         if validation:
             axes.plot(*_columns(validation), color=SECOND, linewidth=1.6, marker="o", markersize=3.5, label="validation")
         axes.set(xlabel="step", ylabel="loss (nats per token)")
+        _whole_steps(axes)
         _legend(axes)
         if bits:
             right = axes.secondary_yaxis("right", functions=(lambda loss: loss * bits, lambda value: value / bits))
@@ -59,6 +60,7 @@ def curve_plot(name: str, title: str, label: str, points: Sequence[Point], *, fr
     def draw(axes: Any) -> None:
         axes.plot(*_columns(points), color=FIRST, linewidth=1.6)
         axes.set(xlabel="step", ylabel=label)
+        _whole_steps(axes)
         if from_zero:
             axes.set_ylim(bottom=0)
         if max(value for _, value in points) >= THOUSANDS:
@@ -93,7 +95,7 @@ def shards_plot(train: Sequence[int], validation: Sequence[int]) -> Plot:
                 edges = range(start, start + len(sizes) + 1)
                 axes.stairs([size / scale for size in sizes], edges, fill=True, color=color, label=label)
         axes.set(xlabel="shard", ylabel=f"text ({unit})")
-        axes.xaxis.get_major_locator().set_params(integer=True)
+        _whole_steps(axes)
         _legend(axes)
 
     return _plot("shards", "Shard size", f"the sizes of {len(train)} train and {len(validation)} validation shards", draw)
@@ -153,6 +155,11 @@ def _dress(axes: Any) -> None:
     axes.yaxis.label.set_color(MUTED)
     axes.grid(axis="y", color=GRID, linewidth=0.8)
     axes.set_axisbelow(True)
+
+
+def _whole_steps(axes: Any) -> None:
+    """No mark between two whole numbers."""
+    axes.xaxis.get_major_locator().set_params(integer=True)
 
 
 def _legend(axes: Any) -> None:

@@ -56,9 +56,9 @@ class LossWatch:
         mine = torch.stack(self._losses).double().tolist() if self._losses else []
         parts = ranks.gather((mine, self._norms))
         self._losses, self._norms = [], []
-        norms = parts[0][1]
-        for place, norm in enumerate(norms):
-            number = step - len(norms) + 1 + place
+        norms, num_steps = parts[0][1], len(mine) // self.share.accumulation
+        for place, norm in enumerate(norms or [None] * num_steps):
+            number = step - num_steps + 1 + place
             start = place * self.share.accumulation
             shares = {
                 (rank, index): losses[start + index] * self.share.accumulation
