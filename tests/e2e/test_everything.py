@@ -16,7 +16,7 @@ from tests.e2e.world import World
 
 NODES = [
     "archive", "documents", "tokenizer", "tokens", "blocks", "pretrained", "conversations", "held_out", "examples",
-    "finetuned", "adapter", "evaluation_pretrained", "evaluation_finetuned", "evaluation_adapter", "report",
+    "evaluation_pretrained", "finetuned", "evaluation_finetuned", "adapter", "evaluation_adapter", "report",
 ]  # fmt: skip
 
 # Prefect as the store remembers it, read through a server by a process of its own: Prefect reads its settings at import.
@@ -109,8 +109,10 @@ def test_the_second_run_finds_everything(world: World, first: list[dict[str, Any
     assert states == {f"small {name}": "Cached" for name in NODES}
     built = {name: state for run, name, state in runs["tasks"] if run == runs["order"][-2]}
     assert (built["small blocks"], built["small adapter"]) == ("Cached", "Completed")
-    assert runs["flows"][-2:] == [["small.yaml", "Completed"]] * 2
+    assert runs["flows"][-2:] == [["small.yaml to report", "Completed"]] * 2
     shown = {"report", "documents", "documents-ledger", "tokens-splits", "blocks-ledger", "blocks-shards", "examples-ledger"}
+    shown |= {"run", "pretrained", "examples-mask", "evaluation-adapter", "report-page"}
+    shown |= {"progress-archive", "progress-documents", "progress-tokens", "progress-pretrained", "progress-evaluation-finetuned"}
     assert shown <= set(runs["artifacts"])
 
 
