@@ -1,7 +1,7 @@
 """A Croissant metadata file (JSON-LD) for an artifact of the corpus: its files with their digests, its columns, its counts.
 
-https://docs.mlcommons.org/croissant/docs/croissant-spec.html, version 1.0. File paths are below the store's root, where the
-file is to be read from.
+https://docs.mlcommons.org/croissant/docs/croissant-spec.html, version 1.0. Paths are below the store's root: there the card
+lies where its rows are to be read through it.
 """
 
 import re
@@ -133,9 +133,8 @@ def _file_sets(artifact: Artifact, files: list[Found]) -> Iterator[dict[str, Any
             "@id": split,
             "name": split,
             "description": f"the rows of the {split} split, in the order of the files",
-            "containedIn": [{"@id": _id(path)} for path in paths],
             "encodingFormat": _format(paths[0]),
-            "includes": f"*{paths[0][paths[0].rindex('.') :]}",
+            "includes": paths,
         }
 
 

@@ -164,7 +164,8 @@ def test_a_croissant_card_names_every_file_by_digest_and_its_sets_hold_together(
     for found in objects.values():
         assert (store.root / found["contentUrl"]).is_file()
         assert len(found["sha256"]) == 64
-    assert all(part["@id"] in objects for found in sets.values() for part in found["containedIn"])
+    paths = {found["contentUrl"] for found in objects.values()}
+    assert all(path in paths for found in sets.values() for path in found["includes"])
     fields = [field for records in card["recordSet"] for field in records["field"]]
     assert all(field["source"]["fileSet"]["@id"] in sets for field in fields)
     assert {field["name"] for field in fields} == {name for name, *_ in COLUMNS.get(kind, ())}
