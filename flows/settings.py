@@ -9,11 +9,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
+from urllib.parse import urlsplit
 
-from pydantic import Field, ValidationError, field_validator
+import pydantic_settings
+from pydantic import Field, SecretStr, ValidationError, field_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 import deepspeed_configs
+from tasks.corpus.sources import ENDPOINTS
 from tasks.errors import SettingsError
 from tasks.machine import Machine, Progress, TrainingSettings, quiet
 from tasks.store import ArtifactStore, SharedStore, cache_folder, is_url
@@ -56,6 +59,10 @@ class Settings(BaseSettings):
     monitors: str = Field("", description="what keeps a training run's metrics as it goes: any of jsonl,tensorboard,swanlab")
     huggingface_endpoint: str | None = Field(None, description="where the Hugging Face hub answers; absent: the public one")
     modelscope_endpoint: str | None = Field(None, description="where the ModelScope hub answers; absent: the public one")
+
+    tokens: dict[str, SecretStr] = Field(
+        {}, description='by host, what opens it, as JSON: {"host": "token"}; HF_TOKEN is the Hugging Face hub\'s'
+    )
 
     @field_validator("store", mode="before")
     @classmethod
@@ -109,6 +116,7 @@ class Settings(BaseSettings):
             num_workers=self.num_workers or num_cores(),
             pool=self.pool,
             endpoints={name: url for name, url in endpoints.items() if url},
+            tokens=self._tokens(),
             training=TrainingSettings(
                 num_ranks=self.num_ranks,
                 deepspeed_config=self.deepspeed_path,
@@ -123,11 +131,18 @@ class Settings(BaseSettings):
             progress=progress,
         )
 
+    def _tokens(self) -> dict[str, str]:
+        hub = urlsplit(self.huggingface_endpoint or ENDPOINTS["huggingface"]).hostname
+        known = {hub: os.environ["HF_TOKEN"]} if hub and os.environ.get("HF_TOKEN") else {}
+        return known | {host: token.get_secret_value() for host, token in self.tokens.items()}
+
 
 def load_settings(**given: Any) -> Settings:
     """Settings from the environment, overridden by what is given and not None. Raises SettingsError."""
     try:
         settings = Settings(**{name: value for name, value in given.items() if value is not None})
+    except pydantic_settings.SettingsError as error:  # SEQMILL_TOKENS that is no JSON: it is not repeated
+        raise SettingsError(f"settings: {error}; see seqmill run --help") from None
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"])
@@ -142,7 +157,7 @@ def load_settings(**given: Any) -> Settings:
 
 def export_settings(settings: Settings) -> None:
     """Put settings into the environment, where flows and what they start read them."""
-    for name, value in settings.model_dump().items():
+    for name, value in settings.model_dump(exclude={"tokens"}).items():  # from the environment alone, where they are
         if value is not None:
             os.environ[ENV_PREFIX + name.upper()] = str(value)
 

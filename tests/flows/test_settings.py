@@ -37,3 +37,15 @@ def test_a_store_that_is_a_file_is_the_users_mistake(tmp_path: Path, store: str)
     (tmp_path / "file").touch()
     with pytest.raises(SettingsError, match=r"store: .*file is a file; name a folder with --store"):
         load_settings(store=tmp_path / store)
+
+
+def test_tokens_come_from_the_environment_and_are_not_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_TOKEN", "planted-1")
+    monkeypatch.setenv("SEQMILL_TOKENS", '{"host": "planted-2"}')
+    settings = load_settings()
+    assert settings.machine().tokens == {"huggingface.co": "planted-1", "host": "planted-2"}
+    assert "planted" not in f"{settings!r} {settings.machine()!r} {settings.model_dump_json()}"
+    monkeypatch.setenv("SEQMILL_TOKENS", "planted-3")
+    with pytest.raises(SettingsError, match="tokens") as raised:
+        load_settings()
+    assert "planted" not in str(raised.value)
