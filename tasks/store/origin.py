@@ -102,7 +102,7 @@ class Usage:
         children_rss_bytes = _peak_rss_bytes(resource.RUSAGE_CHILDREN)
         return {
             **told,
-            "peak_rss_bytes": _high_water() or _peak_rss_bytes(resource.RUSAGE_SELF),
+            "peak_rss_bytes": high_water() or _peak_rss_bytes(resource.RUSAGE_SELF),
             "peak_child_rss_bytes": children_rss_bytes if children_rss_bytes > self.children_rss_bytes else None,
             "scratch_bytes": folder_bytes(scratch),
         }
@@ -126,7 +126,7 @@ def _modified_ns(folder: str) -> int:
         return 0
 
 
-def _high_water() -> int | None:
+def high_water() -> int | None:
     """VmHWM of proc_pid_status(5), the peak since it was last reset; None where there is no such file."""
     with contextlib.suppress(OSError):
         for line in Path("/proc/self/status").read_text().splitlines():
