@@ -6,21 +6,24 @@ Nothing here is a rename and nothing trusts a listing. Every request may be made
 connection, a read that stalls) is tried again, by obstore within its own limits and then by ``_patiently``.
 """
 
+import hashlib
 import logging
 import os
 import threading
 import time
-from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, TextIO, TypeVar
 from urllib.parse import unquote, urlsplit
 
 from tasks.errors import SettingsError, StoreError
 from tasks.machine import Advance
+from tasks.store.digest import Digest, digest_bytes
 
 if TYPE_CHECKING:
     from obstore.store import ObjectStore
@@ -58,7 +61,7 @@ class Bucket:
 
     @property
     def _store(self) -> "ObjectStore":
-        return _connect(self.url, self.endpoint, self.patience)
+        return connect(self.url, self.endpoint, self.patience)
 
     def get(self, name: str) -> bytes | None:
         """An object's bytes; None where there is no such object."""
@@ -129,34 +132,38 @@ class Bucket:
 
         self._patiently(name, put)
 
-    def download(self, name: str, target: Path, num_bytes: int, advance: Advance) -> bool:
-        """Read an object into a file, a large one by ranges; False where there is no such object, or a shorter one.
+    def download(self, name: str, target: Path, num_bytes: int, advance: Advance) -> Digest | None:
+        """Read an object into a file, by ranges; the digest of its bytes, None where there is none of so many bytes.
 
-        Ranges that an earlier, killed download noted in ``<target>.ranges`` are not read again.
+        Ranges that an earlier, killed download noted in ``<target>.ranges`` are not asked for again.
         """
         notes = target.with_name(f"{target.name}.ranges")
         had = _noted(notes) if target.exists() else set()
-        starts = [start for start in range(0, num_bytes, PART_BYTES) if start not in had]
-        advance(num_bytes - sum(min(PART_BYTES, num_bytes - start) for start in starts))
-        lock = threading.Lock()
-        with target.open("ab"), target.open("r+b") as file, notes.open("a") as noted:
+        if num_bytes == 0:
+            target.write_bytes(b"")
+            return digest_bytes(b"") if self.num_bytes(name) == 0 else None
+        with target.open("ab"), target.open("r+b") as file, notes.open("a") as noted, ThreadPoolExecutor(NUM_CONNECTIONS) as pool:
+            into = _Into(file.fileno(), noted)
 
-            def read(start: int) -> bool:
+            def read(start: int) -> bytes | memoryview | None:
                 length = min(PART_BYTES, num_bytes - start)
+                if start in had:
+                    return os.pread(file.fileno(), length, start)
                 data = self.read(name, start, length)
                 if data is None or len(data) != length:
-                    return False
-                _write_at(file.fileno(), data, start)
-                with lock:
-                    noted.write(f"{start}\n")
-                    noted.flush()
-                advance(length)
-                return True
+                    return None
+                into.write(data, start)
+                return data
 
-            with ThreadPoolExecutor(NUM_CONNECTIONS) as pool:
-                is_whole = all(pool.map(read, starts))
+            state = hashlib.sha256()
+            # In order, beside the reading: a second pass over the file would cost as much as a fast line takes.
+            for data in _ahead(pool, read, range(0, num_bytes, PART_BYTES)):
+                if data is None:
+                    return None
+                state.update(data)
+                advance(len(data))
             file.truncate(num_bytes)
-        return is_whole and (num_bytes > 0 or self.num_bytes(name) == 0)
+        return Digest(state.hexdigest())
 
     def read(self, name: str, start: int, length: int) -> memoryview | None:
         """A range of an object; None where there is no such object, or where it ends before ``start``."""
@@ -195,7 +202,7 @@ class Bucket:
 
 
 @lru_cache(maxsize=8)
-def _connect(url: str, endpoint: str | None, patience: Patience) -> "ObjectStore":
+def connect(url: str, endpoint: str | None, patience: Patience) -> "ObjectStore":
     """A connection pool, kept for as long as the process lives. Credentials come from the environment alone."""
     try:
         from obstore.store import LocalStore, from_url
@@ -265,7 +272,28 @@ def _noted(notes: Path) -> set[int]:
         return set()
 
 
-def _write_at(handle: int, data: memoryview, start: int) -> None:
-    while data:
-        written = os.pwrite(handle, data, start)
-        data, start = data[written:], start + written
+class _Into:
+    """Writes ranges into a file, and notes each once it is there."""
+
+    def __init__(self, handle: int, noted: TextIO) -> None:
+        self.handle, self.noted, self.lock = handle, noted, threading.Lock()
+
+    def write(self, data: memoryview, start: int) -> None:
+        place = start
+        while data:
+            written = os.pwrite(self.handle, data, place)
+            data, place = data[written:], place + written
+        with self.lock:
+            self.noted.write(f"{start}\n")
+            self.noted.flush()
+
+
+def _ahead(pool: ThreadPoolExecutor, call: Callable[[int], T], items: Iterable[int]) -> Iterator[T]:
+    """What ``call`` returns for every item, in order; so many are under way that memory stays small."""
+    waiting: deque[Future[T]] = deque()
+    for item in items:
+        waiting.append(pool.submit(call, item))
+        if len(waiting) > 2 * NUM_CONNECTIONS:
+            yield waiting.popleft().result()
+    while waiting:
+        yield waiting.popleft().result()

@@ -243,9 +243,10 @@ class SharedStore(ArtifactStore):
 
     def _download(self, artifact: Artifact, entry: FileEntry, partial: Path, advance: Advance) -> str | None:
         """What is wrong with a file in the bucket, in one line; None where ``partial`` now has its bytes."""
-        if not self.bucket.download(_file_name(artifact.manifest, entry), partial, entry.num_bytes, advance):
+        found = self.bucket.download(_file_name(artifact.manifest, entry), partial, entry.num_bytes, advance)
+        if found is None:
             problem = f"{entry.name} is missing or shorter than its manifest says ({entry.num_bytes} bytes)"
-        elif (found := digest_file(partial)) != entry.digest:
+        elif found != entry.digest:
             problem = f"{entry.name} has the digest {found[:12]}, its manifest says {entry.digest[:12]}"
         else:
             return None

@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import BinaryIO, Literal
 
 import orjson
 
@@ -163,7 +163,7 @@ class Proxy:
             except OSError:
                 pass  # the client, or the server, has gone
 
-    def _answer(self, head: bytes, incoming, client: socket.socket, upstream: socket.socket, answers) -> bool:  # type: ignore[no-untyped-def]
+    def _answer(self, head: bytes, incoming: BinaryIO, client: socket.socket, upstream: socket.socket, answers: BinaryIO) -> bool:
         """Answer one request; whether the connection goes on."""
         method, target, _ = head.split(b"\r\n")[0].decode().split(" ")
         asked = Asked(method, target)
@@ -190,7 +190,7 @@ class Proxy:
         return False
 
 
-def read_head(stream) -> bytes:  # type: ignore[no-untyped-def]
+def read_head(stream: BinaryIO) -> bytes:
     lines = []
     while line := stream.readline():
         lines.append(line)
@@ -204,7 +204,7 @@ def length_of(head: bytes) -> int:
     return int(found[1]) if found else 0
 
 
-def read_chunked(stream, head: bytes) -> bytes:  # type: ignore[no-untyped-def]
+def read_chunked(stream: BinaryIO, head: bytes) -> bytes:
     """A chunked body, as it stands."""
     if not re.search(rb"(?i)\r\ntransfer-encoding: *chunked", head):
         return b""
@@ -214,7 +214,7 @@ def read_chunked(stream, head: bytes) -> bytes:  # type: ignore[no-untyped-def]
         rest = stream.read(int(line, 16) + 2)
         data += line + rest
         if int(line, 16) == 0:
-            return data
+            return bytes(data)
 
 
 if __name__ == "__main__":  # for a look by hand: python -m tests.store.s3 FOLDER
