@@ -46,18 +46,8 @@ def overrides_schema() -> dict[str, Any]:
     return {**whole, "title": "Overrides", "additionalProperties": True}
 
 
-_SHOWN = (
-    "type",
-    "description",
-    "title",
-    "enum",
-    "const",
-    "minimum",
-    "maximum",
-    "exclusiveMinimum",
-    "exclusiveMaximum",
-    "pattern",
-)
+_BOUNDS = ("minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum", "pattern")
+_SHOWN = {"type", "description", "title", "enum", "const", *_BOUNDS}
 
 
 def _optional(schema: Mapping[str, Any], definitions: Mapping[str, Any]) -> dict[str, Any]:
@@ -72,7 +62,8 @@ def _optional(schema: Mapping[str, Any], definitions: Mapping[str, Any]) -> dict
     if options:
         kept["anyOf"] = [_optional(option, definitions) for option in options]
     if "properties" in schema:
-        kept["properties"] = {name: _optional(field, definitions) for name, field in schema["properties"].items()}
+        fields = {name: _optional(field, definitions) for name, field in schema["properties"].items()}
+        kept["properties"] = {name: {**field, "title": name} for name, field in fields.items()}  # as the recipe spells it
         kept["additionalProperties"] = False
     if "items" in schema:
         kept["items"] = _optional(schema["items"], definitions)
