@@ -10,6 +10,7 @@ POST /ask   {"model": its place, "turns": [{"role", "content"}...], "max_new_tok
 import logging
 import threading
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -146,4 +147,5 @@ def serve(models: list[Asked], port: int, on_ready: Any) -> None:
     listener.bind((HOSTS[0], port))
     on_ready(f"http://{HOSTS[0]}:{listener.getsockname()[1]}")
     config = uvicorn.Config(chat_page(models), log_level="warning", access_log=False)
-    uvicorn.Server(config).run(sockets=[listener])
+    with suppress(KeyboardInterrupt):  # uvicorn has ended by then, and raises what made it end once more
+        uvicorn.Server(config).run(sockets=[listener])

@@ -62,6 +62,7 @@ class Page:
     compared_trainings: tuple[Training, ...]
     conversations: Table | None
     accuracy: Table | None
+    likelihood: Table | None
     accuracy_plot: Plot | None
     confusions: dict[str, Table]
     samples: tuple[Sample, ...]
@@ -104,6 +105,7 @@ def page_of(artifacts: Artifacts, title: str | None) -> Page:
         compared_trainings=tuple(training_of(name, artifacts[name], None) for name in compared(artifacts)),
         conversations=conversations_table(artifacts["examples"]) if "examples" in artifacts else None,
         accuracy=tables.accuracy_table(evaluations) if evaluations else None,
+        likelihood=tables.likelihood_table(evaluations),
         accuracy_plot=plot_of_accuracy(held_out),
         confusions={name: table for name, told in held_out.items() if (table := tables.confusion_table(told))},
         samples=tuple(samples(evaluations)),

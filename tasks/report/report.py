@@ -70,6 +70,7 @@ def records(page: Page) -> dict[str, list[dict[str, str]]]:
         **page.corpus,
         "comparison": page.comparison,
         "accuracy": page.accuracy,
+        "likelihood": page.likelihood,
     }
     return {name: table.records() for name, table in named.items() if table}
 

@@ -8,8 +8,7 @@ import orjson
 
 from tasks.report.corpus import inline_image
 from tasks.report.curves import training_of
-from tasks.report.numbers import whole
-from tasks.report.tables import Table, accuracy_table, confusion_table
+from tasks.report.tables import Table, accuracy_table, confusion_table, likelihood_table
 from tasks.store import Artifact
 
 
@@ -25,9 +24,13 @@ def evaluation_tables(evaluation: Artifact) -> dict[str, list[dict[str, str]]]:
     """What the model scores, how its answers fall, and what it says, by Prefect's artifact key."""
     told, name = orjson.loads(evaluation.file("evaluation.json").read_bytes()), evaluated(evaluation)
     samples = Table(("Prompt", "Text"), tuple((sample["prompt"], sample["text"]) for sample in told["samples"]), num_text=2)
-    harness = Table(("Task", "Measure", "Value"), tuple(_harness_rows(told.get("harness") or {})), num_text=2)
     confusion = confusion_table(told["held_out"]) if told["held_out"] else None
-    tables = {"": accuracy_table({name: told}), "-answers": confusion, "-samples": samples, "-harness": harness}
+    tables = {
+        "": accuracy_table({name: told}),
+        "-likelihood": likelihood_table({name: told}),
+        "-answers": confusion,
+        "-samples": samples,
+    }
     return {f"evaluation-{name}{what}": table.records() for what, table in tables.items() if table and table.rows}
 
 
@@ -35,11 +38,3 @@ def evaluated(evaluation: Artifact) -> str:
     """The kind of model that was evaluated; adapter for one on its base."""
     inputs = evaluation.manifest.produced_by.get("inputs", {})
     return "adapter" if "adapter" in inputs else str(inputs.get("model", "model")).partition("/")[0]
-
-
-def _harness_rows(figures: dict[str, dict[str, object]]) -> list[tuple[str, str, str]]:
-    return [
-        (task, measure, f"{value:.4f}" if isinstance(value, float) else whole(value) if isinstance(value, int) else str(value))
-        for task, measures in figures.items()
-        for measure, value in measures.items()
-    ]

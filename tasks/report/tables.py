@@ -3,7 +3,7 @@
 Reads   manifests: identity, stats, produced_by
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -72,6 +72,29 @@ def accuracy_table(evaluations: Mapping[str, dict[str, Any]]) -> Table:
         note = f"{majority['num_rows']:,} held-out conversations; the baseline always answers “{majority['majority_response']}”."
     columns = ("Model", "Validation loss", "Bits per byte", "Accuracy", "95% interval", "Over the baseline")
     return Table(columns, tuple(rows), note=note)
+
+
+def likelihood_table(evaluations: Mapping[str, dict[str, Any]]) -> Table | None:
+    """How likely every model finds the right answers, and what tasks of the harness count; None where none of it was measured."""
+    columns = {name: dict(_likelihoods(evaluation)) for name, evaluation in evaluations.items()}
+    figures = list(dict.fromkeys(figure for column in columns.values() for figure in column))
+    if not figures:
+        return None
+    rows = tuple((figure, *(column.get(figure, "–") for column in columns.values())) for figure in figures)
+    note = "Losses in nats a token of the answers. The likeliest label is the right one of all that are answers to some question."
+    return Table(("Figure", *columns), rows, note=note)
+
+
+def _likelihoods(evaluation: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    held_out = evaluation["held_out"] or {}
+    if examples := evaluation.get("examples"):
+        yield "loss, validation examples", f"{examples['loss']:.3f}"
+    if held_out.get("loss") is not None:
+        yield "loss, held-out answers", f"{held_out['loss']:.3f}"
+    if held_out.get("label_accuracy") is not None:
+        yield "likeliest label right", percent(held_out["label_accuracy"])
+    for figure, value in (evaluation.get("harness") or {}).items():
+        yield figure, f"{value:.4f}"
 
 
 def confusion_table(held_out: Mapping[str, Any]) -> Table | None:

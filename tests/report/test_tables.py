@@ -1,5 +1,7 @@
 """Tables on the whole run, from hand-made artifacts."""
 
+from typing import Any
+
 import pytest
 
 from tasks.report import tables
@@ -44,6 +46,23 @@ def test_accuracy_stands_beside_the_baseline() -> None:
         ("adapter", "–", "–", "–", "–", "–"),
         ("majority baseline", "–", "–", "53.6%", "–", "–"),
     )
+
+
+def test_likelihoods_stand_side_by_side_and_are_absent_where_nothing_was_measured() -> None:
+    evaluations: dict[str, dict[str, Any]] = {
+        "pretrained": {"held_out": {"loss": 4.04, "label_accuracy": None}, "examples": None, "harness": None},
+        "finetuned": {"held_out": {"loss": 0.5, "label_accuracy": 0.9}, "examples": {"loss": 0.75}, "harness": {"law.acc": 0.25}},
+    }
+    table = tables.likelihood_table(evaluations)
+    assert table
+    assert table.columns == ("Figure", "pretrained", "finetuned")
+    assert table.rows == (
+        ("loss, held-out answers", "4.040", "0.500"),
+        ("loss, validation examples", "–", "0.750"),
+        ("likeliest label right", "–", "90.0%"),
+        ("law.acc", "–", "0.2500"),
+    )
+    assert tables.likelihood_table({"pretrained": {"held_out": None}}) is None
 
 
 def test_confusion_has_a_row_an_expected_response() -> None:
