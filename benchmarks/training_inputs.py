@@ -35,7 +35,7 @@ class RowsSpec(Spec):
 @stage("blocks", revision=1)
 def build_random_blocks(work: Work, spec: RowsSpec) -> Built:
     """Blocks without a shard: all rows in the tails' file."""
-    _write(work.folder / "train-tail.arrow", blocks_schema(spec.block_size), {"input_ids": _ids(spec)})
+    write_blocks(work.folder / "train-tail.arrow", spec)
     return Built(stats={"block_size": spec.block_size, "vocab_size": spec.vocab_size, "end_of_document_id": 0})
 
 
@@ -135,6 +135,11 @@ def _config(told: argparse.Namespace) -> dict[str, Any]:
         "max_position_embeddings": told.block_size,
         "tie_word_embeddings": True,
     }
+
+
+def write_blocks(path: Path, spec: RowsSpec) -> None:
+    """An Arrow stream of random blocks."""
+    _write(path, blocks_schema(spec.block_size), {"input_ids": _ids(spec)})
 
 
 def _ids(spec: RowsSpec) -> np.ndarray:

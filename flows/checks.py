@@ -28,7 +28,7 @@ def check_ranks(nodes: Iterable[Node], machine: Machine) -> None:
     """Raise SettingsError where this machine's ranks and a global batch, or its ZeRO stage and an adapter, do not go together."""
     for node in nodes:
         if isinstance(node.spec, OptimizationSpec):
-            derive_batch(node.spec.global_batch_size, machine.training, row_logits=1)
+            derive_batch(node.spec.global_batch_size, machine.training)
         if isinstance(node.spec, AdapterSpec):
             check_machine(node.spec, machine.training)
 

@@ -25,6 +25,7 @@ from tasks.training.monitors import check_monitors
 from tasks.training.plan import num_cores
 
 ENV_PREFIX = "SEQMILL_"
+AUTO = "auto"  # the cheapest preset that fits
 
 
 class Settings(BaseSettings):
@@ -55,7 +56,7 @@ class Settings(BaseSettings):
     )
     launcher: Literal["torchrun", "deepspeed"] = Field("torchrun", description="what starts the ranks")
     hostfile: Path | None = Field(None, description="DeepSpeed hostfile, for the deepspeed launcher")
-    deepspeed: str = Field("zero2", description="a preset of deepspeed_configs/ or the path of a DeepSpeed JSON file")
+    deepspeed: str = Field("zero2", description="a preset of deepspeed_configs/, the path of a DeepSpeed JSON file, or auto")
     monitors: str = Field("", description="what keeps a training run's metrics as it goes: any of jsonl,tensorboard,swanlab")
     huggingface_endpoint: str | None = Field(None, description="where the Hugging Face hub answers; absent: the public one")
     modelscope_endpoint: str | None = Field(None, description="where the ModelScope hub answers; absent: the public one")
@@ -92,14 +93,16 @@ class Settings(BaseSettings):
         return ArtifactStore(self.store_root)
 
     @property
-    def deepspeed_path(self) -> Path:
-        """The DeepSpeed JSON file that is meant. Raises SettingsError where there is none."""
+    def deepspeed_path(self) -> Path | None:
+        """The DeepSpeed JSON file that is meant, None for "auto". Raises SettingsError where there is none."""
+        if self.deepspeed == AUTO:
+            return None
         presets = Path(deepspeed_configs.__file__).parent
         for path in (presets / f"{self.deepspeed}.json", Path(self.deepspeed).expanduser()):
             if path.is_file():
                 return path.absolute()
         names = ", ".join(sorted(path.stem for path in presets.glob("*.json")))
-        raise SettingsError(f"deepspeed: no preset and no file {self.deepspeed!r}; presets are {names}")
+        raise SettingsError(f"deepspeed: no preset and no file {self.deepspeed!r}; presets are {names}, and auto picks one")
 
     @property
     def monitor_names(self) -> tuple[str, ...]:
@@ -120,6 +123,7 @@ class Settings(BaseSettings):
             training=TrainingSettings(
                 num_ranks=self.num_ranks,
                 deepspeed_config=self.deepspeed_path,
+                picks_preset=self.deepspeed == AUTO,
                 launcher=self.launcher,
                 hostfile=self.hostfile,
                 micro_batch_size=self.micro_batch_size,

@@ -29,7 +29,9 @@ RanksOption = Annotated[
 ]
 DeepspeedOption = Annotated[
     str | None,
-    typer.Option("--deepspeed", help="a preset (zero0..zero3_offload), a JSON file, or auto: the cheapest that fits", show_default=False),
+    typer.Option(
+        "--deepspeed", help="a preset (zero0..zero3_offload), a JSON file, or auto: the cheapest that fits", show_default=False
+    ),
 ]
 
 

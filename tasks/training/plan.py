@@ -1,10 +1,7 @@
 """The plan: all that launcher and worker share, and how a step's rows are shared out over this machine's ranks."""
 
-import logging
 import os
 import re
-import subprocess
-import sys
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,13 +10,8 @@ import orjson
 
 from tasks.errors import SettingsError
 from tasks.machine import TrainingSettings
+from tasks.training.room import gpu_bytes
 
-log = logging.getLogger(__name__)
-
-# A micro batch's logits hold rows x block_size x vocabulary numbers; 2^28 of them are 1 GB in fp32.
-MOST_LOGITS = 1 << 28
-# Where a driver shows its GPUs; asking torch for them costs 2 s, so it is asked only where one of these exists.
-GPU_DEVICES = (Path("/proc/driver/nvidia/gpus"), Path("/dev/kfd"))
 HOST_SLOTS = re.compile(r"^\s*[^#\s]\S*\s+slots\s*=\s*(\d+)")
 
 
@@ -62,8 +54,8 @@ class TrainingPlan:
         path.write_bytes(orjson.dumps(asdict(self), option=orjson.OPT_INDENT_2))
 
 
-def derive_batch(global_batch_size: int, settings: TrainingSettings, row_logits: int) -> Batch:
-    """Share a step out over this machine. ``row_logits``: block_size x vocabulary.
+def derive_batch(global_batch_size: int, settings: TrainingSettings, most_rows: int | None = None) -> Batch:
+    """Share a step out over this machine. ``most_rows``: those that fit in a micro batch; None: any number.
 
     Raises SettingsError where the numbers do not divide.
     """
@@ -74,9 +66,8 @@ def derive_batch(global_batch_size: int, settings: TrainingSettings, row_logits:
             f"training.num_ranks: {num_ranks} ranks do not divide the recipe's global_batch_size {global_batch_size}; "
             f"set training.num_ranks to one of {_divisors(global_batch_size, num_ranks)}"
         )
-    micro = settings.micro_batch_size or max(
-        size for size in range(1, rows + 1) if rows % size == 0 and (size == 1 or size * row_logits <= MOST_LOGITS)
-    )
+    most = max(1, rows if most_rows is None else min(rows, most_rows))
+    micro = settings.micro_batch_size or max(size for size in range(1, most + 1) if rows % size == 0)
     if micro < 1 or rows % micro:
         raise SettingsError(
             f"training.micro_batch_size: {micro} x {num_ranks} ranks does not divide the recipe's global_batch_size "
@@ -93,7 +84,7 @@ def derive_num_ranks(global_batch_size: int, settings: TrainingSettings) -> int:
         return settings.num_ranks
     if settings.hostfile:
         return count_slots(settings.hostfile)
-    if num_gpus := count_gpus():
+    if num_gpus := len(gpu_bytes()):
         if settings.num_slots > 1:
             raise SettingsError(
                 f"training_slots: {settings.num_slots}, and {num_gpus} GPUs, which are not shared out among stages; set it to 1"
@@ -118,18 +109,6 @@ def count_slots(hostfile: Path) -> int:
 def num_cores() -> int:
     """The cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def count_gpus() -> int:
-    """The GPUs that torch sees; torch is not imported here, and not asked where there is no driver."""
-    if not any(path.exists() for path in GPU_DEVICES):
-        return 0
-    code = "import torch; print(torch.cuda.device_count())"
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
-    if result.returncode:
-        log.warning("GPUs: torch cannot count them (%s); training on CPU", result.stderr.strip().splitlines()[-1:])
-        return 0
-    return int(result.stdout)
 
 
 def _divisors(number: int, most: int) -> str:

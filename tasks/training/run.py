@@ -15,15 +15,19 @@ import orjson
 import pyarrow as pa
 
 from tasks.errors import RecipeError, WorkerError
+from tasks.machine import TrainingSettings
 from tasks.store import Artifact, Built, Work
 from tasks.training.checkpoints import clear_torn, newest_checkpoint, step_of, written_facts
-from tasks.training.deepspeed import load_deepspeed_config, zero_stage
+from tasks.training.choice import Choice, choose
+from tasks.training.deepspeed import zero_stage
 from tasks.training.launch import run_worker
+from tasks.training.memory import Load
 from tasks.training.metrics import MetricsFile, final_loss, follow, median_of, read_metrics
+from tasks.training.model import read_config
 from tasks.training.monitors import FOLDER as MONITORING
 from tasks.training.monitors import Run, watched
 from tasks.training.optimization import OptimizationSpec
-from tasks.training.plan import TrainingPlan, derive_batch
+from tasks.training.plan import TrainingPlan
 from tasks.training.references import Reference, row_references
 
 log = logging.getLogger(__name__)
@@ -136,8 +140,8 @@ def make_plan(work: Work, spec: OptimizationSpec, kind: str, rows: Rows, start: 
     validation = [path for path in rows.validation_files if count_rows(path)]
     if not validation and spec.evaluation_steps:
         log.warning("%s: no validation row, so no validation loss; raise validation_fraction to have one", kind)
-    deepspeed = load_deepspeed_config(settings.deepspeed_config)
-    batch = derive_batch(spec.global_batch_size, settings, rows.block_size * start.vocab_size)
+    choice = choice_of(spec, kind, rows.block_size, start, settings)
+    deepspeed, batch = choice.deepspeed, choice.batch
     facts = {"data": rows.content, "spec": spec.identity(), "num_ranks": batch.num_ranks, "zero_stage": zero_stage(deepspeed)}
     checkpoints = work.scratch / "checkpoints"
     resume = newest_checkpoint(checkpoints, facts)
@@ -192,6 +196,19 @@ def _shown(found: Sequence[Sequence[Reference]], is_whole_batch: bool) -> str:
     listed = ", ".join(str(reference) for references in found[:LISTED_ROWS] for reference in references)
     more = f" and {len(found) - LISTED_ROWS} rows more" if len(found) > LISTED_ROWS else ""
     return f"{listed}{more}{', the whole batch' if is_whole_batch else ''}"
+
+
+def choice_of(spec: OptimizationSpec, kind: str, block_size: int, start: Start, settings: TrainingSettings) -> Choice:
+    """The preset and the micro batch; a warning where the memory will not do by the estimate."""
+    config = start.config or (read_config(start.folder) if start.folder else {})
+    load = Load.of(spec, block_size, start.attention, is_adapter=start.adapter is not None)
+    choice = choose(config, start.vocab_size, spec.global_batch_size, load, settings, where=kind)
+    if choice.estimate and not choice.is_enough:
+        log.warning(
+            "%s: a rank takes about %.1f GB under %s, there are %.1f GB; --deepspeed auto picks a preset that fits",
+            kind, choice.estimate.total / 1e9, choice.preset, choice.room.bytes / 1e9,
+        )  # fmt: skip
+    return choice
 
 
 def is_validation_due(spec: OptimizationSpec, resume: Path | None, metrics_path: Path) -> bool:
