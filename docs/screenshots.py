@@ -21,7 +21,7 @@ import httpx
 from flows.server import prefect_server
 from flows.settings import load_settings
 from tests.corpus.http_server import serving
-from tests.e2e.many_shards import run_many_shards
+from tests.e2e.many_shards import write_many_shards
 from tests.e2e.world import World
 
 log = logging.getLogger(__name__)
@@ -109,11 +109,18 @@ def main() -> None:
     IMAGES.mkdir(exist_ok=True)
     with tempfile.TemporaryDirectory() as folder, serving() as published, _server(Path(folder)) as url:
         world = replace(World.make(Path(folder), published), prefect_url=url)
-        for _ in range(2):
-            world.json("run", "small.yaml")
-        run_many_shards(world)
+        for arguments in (["small.yaml"], ["small.yaml"], [write_many_shards(world), "--until", "blocks"]):
+            run(world, *arguments)
         for name, (page, height) in pictures(Pages(url)).items():
             take(page, name, height)
+
+
+def run(world: World, *arguments: str) -> None:
+    """Run `seqmill run` to its end, however long it takes."""
+    process = world.start("run", *arguments)
+    _, told = process.communicate()
+    if process.returncode:
+        sys.exit(f"screenshots: seqmill run {' '.join(arguments)} ended with exit code {process.returncode}\n{told}")
 
 
 def _server(folder: Path) -> AbstractContextManager[str]:

@@ -11,7 +11,7 @@ from flows.server import prefect_server
 from flows.settings import load_settings
 from tasks.stages import MOST_GROUPS
 from tests.corpus.http_server import serving
-from tests.e2e.many_shards import run_many_shards
+from tests.e2e.many_shards import write_many_shards
 from tests.e2e.world import World
 
 
@@ -19,7 +19,7 @@ from tests.e2e.world import World
 def test_five_hundred_shards_are_some_fifty_tasks_and_each_stage_has_one_bar(tmp_path: Path) -> None:
     with serving() as published, prefect_server(load_settings(store=tmp_path / "store")) as url:
         world = replace(World.make(tmp_path, published), prefect_url=url)
-        run_many_shards(world)
+        world.json("run", write_many_shards(world), "--until", "blocks")
 
         def read(path: str, **body: Any) -> list[dict[str, Any]]:
             return list(httpx.post(f"{url}/{path}/filter", json=body, trust_env=False).raise_for_status().json())
