@@ -67,13 +67,13 @@ class Bucket:
         """An object's bytes; None where there is no such object."""
         import obstore
 
-        return self._patiently(name, lambda: bytes(obstore.get(self._store, name).bytes()))
+        return self._asked(name, lambda: bytes(obstore.get(self._store, name).bytes()))
 
     def num_bytes(self, name: str) -> int | None:
         """An object's size; None where there is no such object."""
         import obstore
 
-        return self._patiently(name, lambda: int(obstore.head(self._store, name)["size"]))
+        return self._asked(name, lambda: int(obstore.head(self._store, name)["size"]))
 
     def put(self, name: str, data: bytes) -> None:
         """Write an object, over the one that may be there."""
@@ -93,20 +93,20 @@ class Bucket:
                 return False
             return True
 
-        return bool(self._patiently(name, put))
+        return self._patiently(name, put)
 
     def delete(self, name: str) -> None:
         """Remove an object, if it is there."""
         import obstore
 
-        self._patiently(name, lambda: obstore.delete(self._store, name))
+        self._asked(name, lambda: obstore.delete(self._store, name))
 
     def names(self, folder: str = "") -> list[str]:
         """The names just below ``folder``, of those that the listing knows so far: to be shown, never to be relied on."""
         import obstore
 
         prefix = f"{folder}/" if folder else None
-        found = self._patiently(folder, lambda: obstore.list_with_delimiter(self._store, prefix))
+        found = self._asked(folder, lambda: obstore.list_with_delimiter(self._store, prefix))
         return [path.rstrip("/").rsplit("/", 1)[-1] for path in found["common_prefixes"]] if found else []
 
     def upload(self, source: Path, name: str, advance: Advance) -> None:
@@ -170,7 +170,7 @@ class Bucket:
         import obstore
 
         try:
-            found = self._patiently(name, lambda: memoryview(obstore.get_range(self._store, name, start=start, length=length)))
+            found = self._asked(name, lambda: memoryview(obstore.get_range(self._store, name, start=start, length=length)))
         except StoreError:
             size = self.num_bytes(name)
             if size is not None and size < start + length:
@@ -178,23 +178,35 @@ class Bucket:
             raise
         return found
 
-    def _patiently(self, name: str, call: Callable[[], T]) -> T | None:
-        """What ``call`` returns, None where there is no such object; tried again where that may help. Raises StoreError."""
+    def _asked(self, name: str, call: Callable[[], T]) -> T | None:
+        """What ``call`` returns; None where there is no such object."""
+        from obstore.exceptions import NotFoundError
+
+        def ask() -> T | None:
+            try:
+                return call()
+            except (NotFoundError, FileNotFoundError):
+                return None
+
+        return self._patiently(name, ask)
+
+    def _patiently(self, name: str, call: Callable[[], T]) -> T:
+        """What ``call`` returns, tried again where that may help. Raises StoreError."""
         from obstore import exceptions as ex
 
         final = (
             ex.PermissionDeniedError, ex.UnauthenticatedError, ex.InvalidPathError, ex.NotSupportedError,
-            ex.UnknownConfigurationKeyError,
+            ex.UnknownConfigurationKeyError, ex.NotFoundError, FileNotFoundError,
         )  # fmt: skip
         for number in range(1, self.patience.num_tries + 1):
             try:
                 return call()
-            except (ex.NotFoundError, FileNotFoundError):
-                return None
             except (ex.BaseError, OSError) as error:
                 what = _in_one_line(error)
                 if isinstance(error, final) or number == self.patience.num_tries:
-                    hint = "check the credentials and their rights" if isinstance(error, final) else "run again to go on"
+                    hint = (
+                        "check its name, the credentials and their rights" if isinstance(error, final) else "run again to go on"
+                    )
                     raise StoreError(f"{self.url}/{name}: {what}; {hint}") from None
                 log.warning("%s/%s: %s; tried again", self.url, name, what)
                 time.sleep(self.patience.first_seconds * 2.0 ** (number - 1))

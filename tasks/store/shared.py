@@ -11,19 +11,14 @@ its path is asked for, checked against its digest, and from then on it is a loca
 """
 
 import contextlib
-import fcntl
 import logging
-import os
-import re
 import shutil
 import time
-import uuid
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from datetime import datetime
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any, NoReturn, TypeVar
 
 from pydantic import ValidationError
@@ -32,8 +27,9 @@ from tasks.errors import StoreError
 from tasks.machine import Advance, Progress, quiet
 from tasks.store.artifact import MANIFEST_NAME, Artifact, FileEntry, Manifest, ShardEntry
 from tasks.store.bucket import SCHEMES, Bucket, Patience
+from tasks.store.cache import Cache, cache_folder, forget, is_whole
 from tasks.store.claim import claimed
-from tasks.store.digest import Digest, digest_bytes, digest_file, digest_json, fsync_path, write_atomically
+from tasks.store.digest import Digest, digest_bytes, digest_file, digest_json
 from tasks.store.store import KIND, ArtifactStore
 
 log = logging.getLogger(__name__)
@@ -42,7 +38,6 @@ FORM = ".store.json"
 # Requests at once where many small ones are made: at 20 ms each, some 800 a second.
 NUM_REQUESTS = 16
 SHOWN_BYTES = 32 << 20  # a transfer below this is over before a bar is read
-FETCHING, HOLDER = ".fetching", ".holder"
 
 A = TypeVar("A")
 B = TypeVar("B")
@@ -84,8 +79,11 @@ class SharedStore(ArtifactStore):
         progress: Progress = quiet,
     ) -> None:
         super().__init__(cache_folder(url, cache, endpoint))
-        self.bucket, self.claim_seconds, self.progress = Bucket(url, endpoint, patience), claim_seconds, progress
+        self.cache, self.bucket = Cache(self.root), Bucket(url, endpoint, patience)
+        self.claim_seconds, self.progress = claim_seconds, progress
         self._is_checked = False
+
+    is_shared = True
 
     def __getstate__(self) -> dict[str, Any]:
         return {**vars(self), "progress": quiet}  # a bar belongs to the process that shows it
@@ -111,16 +109,23 @@ class SharedStore(ArtifactStore):
         known = super().load(kind, key) if kind.endswith("-shard") and self._has(kind, key) else None
         if known:
             return self._artifact(known.manifest)
+        manifest = self._standing(kind, key)
+        return self._artifact(manifest) if manifest else None
+
+    def _standing(self, kind: str, key: Digest) -> Manifest | None:
+        """The manifest that the bucket has now; None where there is none to use."""
         data = self.bucket.get(_manifest_name(kind, key))
         if data is None:
             return None
         try:
             manifest = Manifest.model_validate_json(data)
         except ValidationError:
-            log.warning("%s: unreadable manifest; the artifact counts as absent", self.place(kind, key))
+            manifest = None
+        if manifest is None or (manifest.kind, manifest.key) != (kind, key) or not _stays_inside(manifest):
+            log.warning("%s: unreadable manifest, or another's; the artifact counts as absent", self.place(kind, key))
             return None
-        self._remember(kind, key, data, manifest)
-        return self._artifact(manifest)
+        self.cache.remember(kind, key, data, manifest)
+        return manifest
 
     def damage(self, artifact: Artifact, digests: bool = False) -> str | None:
         """What is wrong with an artifact: with its manifest, or (asked for) with the bytes of its files and its shards.
@@ -136,10 +141,10 @@ class SharedStore(ArtifactStore):
 
     def file_problem(self, artifact: Artifact, entry: FileEntry, advance: Advance = lambda amount: None) -> str | None:
         """Reads the file from the bucket, cached or not; a cache without it keeps it, for the counts are checked next."""
-        with self._fetching(artifact, entry) as partial:
+        with self.cache.fetching(artifact, entry) as partial:
             problem = self._download(artifact, entry, partial, advance)
-            if problem is None and not _is_whole(artifact.folder / entry.name, entry):
-                self._keep_file(artifact, entry, partial)
+            if problem is None and not is_whole(artifact.folder / entry.name, entry):
+                self.cache.keep(artifact, entry, partial)
         return problem
 
     def find_all(self, kind: str, keys: Sequence[Digest]) -> list[Artifact | None]:
@@ -168,7 +173,7 @@ class SharedStore(ArtifactStore):
     @contextmanager
     def lock(self, kind: str, key: Digest) -> Iterator[None]:
         """Hold the one builder's place for a key: on this machine by flock(2), among machines by a claim that is renewed."""
-        with super().lock(kind, key), claimed(self.bucket, f"{kind}-{key}", self._holder(), self.claim_seconds):
+        with super().lock(kind, key), claimed(self.bucket, f"{kind}-{key}", self.cache.holder(), self.claim_seconds):
             yield
 
     def restore(self, kind: str, key: Digest) -> Artifact | None:
@@ -197,7 +202,8 @@ class SharedStore(ArtifactStore):
 
     def lose(self, artifact: Artifact, problem: str) -> NoReturn:
         """Set aside an artifact that cannot be read, and those that list it. Raises StoreError, always."""
-        self.set_aside(artifact.kind, artifact.key, problem)
+        if self._standing(artifact.kind, artifact.key) == artifact.manifest:  # or it was rebuilt meanwhile
+            self.set_aside(artifact.kind, artifact.key, problem)
         shutil.rmtree(artifact.folder, ignore_errors=True)
         if artifact.kind.endswith("-shard"):
             # What this run reads is known to the cache, whatever a listing says: a run once more builds the shard again.
@@ -211,10 +217,10 @@ class SharedStore(ArtifactStore):
     def fetch(self, artifact: Artifact, entry: FileEntry) -> Path:
         """The path of a file in the cache, fetched and checked where it is not there yet."""
         path = artifact.folder / entry.name
-        if _is_whole(path, entry):
+        if is_whole(path, entry):
             return path
-        with self._fetching(artifact, entry) as partial:
-            if _is_whole(path, entry):  # by another process while this one waited
+        with self.cache.fetching(artifact, entry) as partial:
+            if is_whole(path, entry):  # by another process while this one waited
                 return path
             with self._bar(f"fetch {entry.name}", entry.num_bytes) as advance:
                 # Twice, for what came over the line wrong may come right; a bucket's own damage does not.
@@ -222,24 +228,8 @@ class SharedStore(ArtifactStore):
                 problem = problem and self._download(artifact, entry, partial, advance)
             if problem:
                 self.lose(artifact, problem)
-            self._keep_file(artifact, entry, partial)
+            self.cache.keep(artifact, entry, partial)
         return path
-
-    @contextmanager
-    def _fetching(self, artifact: Artifact, entry: FileEntry) -> Iterator[Path]:
-        """The place of a file that is being fetched, held by one process; what a killed one left is gone on with."""
-        partial = self.root / FETCHING / f"{artifact.kind}-{artifact.key[:16]}-{entry.digest[:16]}"
-        try:
-            partial.parent.mkdir(parents=True, exist_ok=True)
-            with partial.with_name(f"{partial.name}.lock").open("a") as handle:
-                fcntl.flock(handle, fcntl.LOCK_EX)
-                yield partial
-                for left in (partial, partial.with_name(f"{partial.name}.ranges"), Path(handle.name)):
-                    left.unlink(missing_ok=True)
-        except OSError as error:
-            raise StoreError(
-                f"{error.filename or partial}: {error.strerror or error}; mend that, or name another cache in SEQMILL_CACHE"
-            ) from error
 
     def _download(self, artifact: Artifact, entry: FileEntry, partial: Path, advance: Advance) -> str | None:
         """What is wrong with a file in the bucket, in one line; None where ``partial`` now has its bytes."""
@@ -250,16 +240,8 @@ class SharedStore(ArtifactStore):
             problem = f"{entry.name} has the digest {found[:12]}, its manifest says {entry.digest[:12]}"
         else:
             return None
-        for left in (partial, partial.with_name(f"{partial.name}.ranges")):
-            left.unlink(missing_ok=True)
+        forget(partial)
         return problem
-
-    def _keep_file(self, artifact: Artifact, entry: FileEntry, partial: Path) -> None:
-        path = artifact.folder / entry.name
-        fsync_path(partial)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial.rename(path)
-        _date(artifact.folder, artifact.manifest)
 
     # To commit
 
@@ -330,26 +312,6 @@ class SharedStore(ArtifactStore):
     def _has(self, kind: str, key: Digest) -> bool:
         return (self.root / kind / key / MANIFEST_NAME).exists()
 
-    def _remember(self, kind: str, key: Digest, data: bytes, manifest: Manifest) -> None:
-        path = self.root / kind / key / MANIFEST_NAME
-        with contextlib.suppress(OSError):  # a cache that cannot be written asks again
-            if not path.exists() or path.read_bytes() != data:
-                write_atomically(path, data)
-                _date(path.parent, manifest)
-
-    def _holder(self) -> str:
-        """The name of this cache folder, by which a builder knows an earlier process of its own."""
-        path = self.root / HOLDER
-        try:
-            return path.read_text()
-        except FileNotFoundError:
-            own = self.root / f"{HOLDER}-{uuid.uuid4().hex}"
-            write_atomically(own, own.name.encode())
-            with contextlib.suppress(FileExistsError):
-                os.link(own, path)
-            own.unlink()
-            return path.read_text()
-
     def _bar(self, label: str, num_bytes: int) -> contextlib.AbstractContextManager[Advance]:
         return (self.progress if num_bytes >= SHOWN_BYTES else quiet)(label, num_bytes, "B")
 
@@ -365,17 +327,15 @@ def is_url(store: str) -> bool:
     return store.partition("://")[0] in SCHEMES and "://" in store
 
 
-def cache_folder(url: str, cache: Path, endpoint: str | None = None) -> Path:
-    """The folder below ``cache`` that belongs to one URL: what one bucket has, another may not."""
-    url = url.rstrip("/")
-    readable = re.sub(r"[^A-Za-z0-9.]+", "-", url.partition("://")[2]).strip("-")
-    digest = digest_bytes(" ".join([url, endpoint or ""]).encode())
-    return cache.expanduser().absolute() / f"{readable}-{digest[:8]}"
-
-
 def store_of(artifact: Artifact) -> ArtifactStore:
     """The store that an artifact is of, in whichever process it arrived."""
     return artifact.store if isinstance(artifact, SharedArtifact) else ArtifactStore(artifact.root)
+
+
+def _stays_inside(manifest: Manifest) -> bool:
+    """Whether every file's name leads into the artifact's folder: a bucket is written by others."""
+    paths = [PurePosixPath(entry.name) for entry in manifest.files]
+    return not any(path.is_absolute() or ".." in path.parts for path in paths)
 
 
 def _manifest_name(kind: str, key: Digest) -> str:
@@ -386,15 +346,5 @@ def _file_name(manifest: Manifest, entry: FileEntry) -> str:
     return f"{manifest.kind}/{manifest.key}/{entry.digest}/{entry.name}"
 
 
-def _is_whole(path: Path, entry: FileEntry) -> bool:
-    return path.is_file() and path.stat().st_size == entry.num_bytes
-
-
 def _has_digest(path: Path, entry: FileEntry) -> bool:
-    return _is_whole(path, entry) and digest_file(path) == entry.digest
-
-
-def _date(folder: Path, manifest: Manifest) -> None:
-    """Give a cached artifact's folder the time of its build, from which what was found is told from what was built."""
-    built = datetime.fromisoformat(manifest.created).timestamp()
-    os.utime(folder, (built, built))
+    return is_whole(path, entry) and digest_file(path) == entry.digest

@@ -43,6 +43,8 @@ class ArtifactStore:
         self.root = root.expanduser().absolute()
         self.digests = DigestMemory(self.root / ".digests")
 
+    is_shared = False
+
     @property
     def address(self) -> str:
         """How a person names the store."""
@@ -146,7 +148,7 @@ class ArtifactStore:
                 except BlockingIOError:
                     log.info("%s/%s: another process builds it; waiting", kind, key[:12])
                     fcntl.flock(handle, fcntl.LOCK_EX)
-                if not _is_at(path, handle.fileno()):
+                if not is_at(path, handle.fileno()):
                     continue  # `seqmill gc` removed the file between the opening and the lock
                 yield
                 return
@@ -283,7 +285,8 @@ def _names(folder: Path) -> list[str]:
         return []
 
 
-def _is_at(path: Path, handle: int) -> bool:
+def is_at(path: Path, handle: int) -> bool:
+    """Whether a path still leads to an open file, which somebody may have removed meanwhile."""
     try:
         return os.path.samestat(path.stat(), os.fstat(handle))
     except FileNotFoundError:

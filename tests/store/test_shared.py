@@ -221,6 +221,14 @@ def test_a_key_is_resolved_listed_and_checked_as_in_a_local_store(machines: Mach
         there.resolve("nothing")
 
 
+@pytest.mark.parametrize("name", ["../../escaped", "/tmp/escaped"])
+def test_a_manifest_that_leads_out_of_the_cache_counts_as_absent(machines: Machines, name: str) -> None:
+    word = build_word(machines["here"], Machine(), WordSpec(word="abc"))
+    (path,) = machines.objects("word/*/manifest.json")
+    path.write_text(path.read_text().replace("word.txt", name))
+    assert machines["there"].find(word.kind, word.key) is None
+
+
 def test_one_bucket_has_one_cache_folder_and_another_has_another(tmp_path: Path) -> None:
     folders = [
         cache_folder(url, tmp_path, endpoint)

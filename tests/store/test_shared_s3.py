@@ -111,8 +111,15 @@ def test_what_does_not_pass_is_an_error_of_one_line_that_names_no_credential(
     with caplog.at_level(logging.DEBUG, "tasks"), pytest.raises(StoreError) as caught:
         open_store("here").load("word", "0" * 64)  # type: ignore[arg-type]
     told = f"{caught.value} {caplog.text}"
-    assert "check the credentials" in told
+    assert "the credentials and their rights" in told
     assert not any(secret in told for secret in ("\n", "reader", CREDENTIALS["AWS_SECRET_ACCESS_KEY"]))
+
+
+def test_a_bucket_that_is_not_there_is_an_error_that_names_it(proxy: Proxy, tmp_path: Path) -> None:
+    proxy.rule = lambda asked: status(404, b"<Error><Code>NoSuchBucket</Code></Error>")
+    store = SharedStore("s3://no-such-bucket/x", tmp_path, endpoint=proxy.address, patience=QUICK)
+    with pytest.raises(StoreError, match=r"s3://no-such-bucket/x/.*; check its name"):
+        build_word(store, Machine(), WordSpec(word="a"))
 
 
 def test_no_credential_is_in_an_object_s_bytes(open_store: Callable[[str], SharedStore], url: str, proxy: Proxy) -> None:
@@ -138,7 +145,7 @@ def test_a_download_that_was_cut_short_goes_on_where_it_was(open_store: Callable
     word = open_store("there").resolve("word")
     proxy.asked.clear()
     proxy.rule = lambda asked: status(403) if "/bytes" in asked.target and len(ranges(proxy)) > 1 else "pass"
-    with pytest.raises(StoreError, match="check the credentials"):
+    with pytest.raises(StoreError, match="the credentials and their rights"):
         word.file("large/bytes")
     failed = len(ranges(proxy))
     proxy.asked.clear()

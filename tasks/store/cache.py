@@ -1,0 +1,110 @@
+"""The folder of this machine in which a shared store keeps what it has read.
+
+Reads and writes  <cache>/<kind>/<key>/   as a local store has it: the manifest once it is known, files once they are fetched
+                  <cache>/.fetching       files on their way, and what a killed fetch left of them
+                  <cache>/.holder         the name of the folder, as claims tell it
+"""
+
+import contextlib
+import fcntl
+import os
+import re
+import threading
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import datetime
+from pathlib import Path
+
+from tasks.errors import StoreError
+from tasks.store.artifact import MANIFEST_NAME, Artifact, FileEntry, Manifest
+from tasks.store.digest import Digest, digest_bytes, fsync_path, write_atomically
+from tasks.store.store import is_at
+
+FETCHING, HOLDER = ".fetching", ".holder"
+
+
+class Cache:
+    """One bucket's cache folder."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+
+    def remember(self, kind: str, key: Digest, data: bytes, manifest: Manifest) -> None:
+        """Keep a manifest."""
+        path = self.root / kind / key / MANIFEST_NAME
+        with contextlib.suppress(OSError):  # a cache that cannot be written asks again
+            if not path.exists() or path.read_bytes() != data:
+                path.parent.mkdir(parents=True, exist_ok=True)
+                # Not waited for until it is on disk: one that a power cut takes is asked for again, and there may be 100,000.
+                partial = path.with_name(f".{path.name}.{os.getpid()}.{threading.get_ident()}.partial")
+                partial.write_bytes(data)
+                partial.rename(path)
+                _date(path.parent, manifest)
+
+    def holder(self) -> str:
+        """The name of this cache folder, by which a builder knows an earlier process of its own."""
+        path = self.root / HOLDER
+        try:
+            return path.read_text()
+        except FileNotFoundError:
+            own = self.root / f"{HOLDER}-{uuid.uuid4().hex}"
+            write_atomically(own, own.name.encode())
+            with contextlib.suppress(FileExistsError):
+                os.link(own, path)
+            own.unlink()
+            return path.read_text()
+
+    @contextmanager
+    def fetching(self, artifact: Artifact, entry: FileEntry) -> Iterator[Path]:
+        """The place of a file that is being fetched, held by one process; what a killed one left is gone on with."""
+        partial = self.root / FETCHING / f"{artifact.kind}-{artifact.key[:16]}-{entry.digest[:16]}"
+        lock = partial.with_name(f"{partial.name}.lock")
+        try:
+            while True:
+                lock.parent.mkdir(parents=True, exist_ok=True)
+                with lock.open("a") as handle:
+                    fcntl.flock(handle, fcntl.LOCK_EX)
+                    if not is_at(lock, handle.fileno()):
+                        continue  # removed by the one before
+                    yield partial
+                    forget(partial)
+                    lock.unlink()
+                    return
+        except OSError as error:
+            raise StoreError(
+                f"{error.filename or partial}: {error.strerror or error}; mend that, or name another cache in SEQMILL_CACHE"
+            ) from error
+
+    def keep(self, artifact: Artifact, entry: FileEntry, partial: Path) -> None:
+        """Give a file that was fetched, and found right, its place."""
+        path = artifact.folder / entry.name
+        fsync_path(partial)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial.rename(path)
+        _date(artifact.folder, artifact.manifest)
+
+
+def cache_folder(url: str, cache: Path, endpoint: str | None = None) -> Path:
+    """The folder below ``cache`` that belongs to one URL: what one bucket has, another may not."""
+    url = url.rstrip("/")
+    readable = re.sub(r"[^A-Za-z0-9.]+", "-", url.partition("://")[2]).strip("-")
+    digest = digest_bytes(" ".join([url, endpoint or ""]).encode())
+    return cache.expanduser().absolute() / f"{readable}-{digest[:8]}"
+
+
+def forget(partial: Path) -> None:
+    """Remove a file on its way, and the notes on it."""
+    for left in (partial, partial.with_name(f"{partial.name}.ranges")):
+        left.unlink(missing_ok=True)
+
+
+def is_whole(path: Path, entry: FileEntry) -> bool:
+    """Whether a file is there, by its size: what was fetched was checked, and on disk before it got its name."""
+    return path.is_file() and path.stat().st_size == entry.num_bytes
+
+
+def _date(folder: Path, manifest: Manifest) -> None:
+    """Give a cached artifact's folder the time of its build, from which what was found is told from what was built."""
+    built = datetime.fromisoformat(manifest.created).timestamp()
+    os.utime(folder, (built, built))
