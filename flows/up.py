@@ -25,6 +25,8 @@ WORKER_SECONDS = 120.0  # until the server has heard of the worker: 6 s, on two 
 DOWN_SECONDS = 60.0
 STOP_SECONDS = 12.0  # a cancelled run's ranks are gone within 15 s
 
+EVERY_ADDRESS = ("0.0.0.0", "::")  # noqa: S104 (asked for by the user, who then has to set a password)
+
 # A run that waits its turn holds a lease. In memory, the default, leases are lost with the server, and Prefect ends every run.
 SERVER_ENVIRONMENT = {"PREFECT_SERVER_CONCURRENCY_LEASE_STORAGE": "prefect.server.concurrency.lease_storage.filesystem"}
 
@@ -85,7 +87,7 @@ def _start_server(settings: Settings, folder: Path, host: str, port: int) -> ser
             "set PREFECT_SERVER_API_AUTH_STRING first (docs/operations.md, Security)"
         )
     _check_port(host, port)
-    url = f"http://{host}:{port}/api"
+    url = f"http://{LOOPBACK if host in EVERY_ADDRESS else host}:{port}/api"
     with environment(prefect_environment(settings, url, verbose=False) | SERVER_ENVIRONMENT):
         command = server_command(host, port)
         server = services.start(folder, "server", command, inherited_environment(), url)
