@@ -12,14 +12,21 @@ import pytest
 
 from tasks.errors import SourceError
 from tasks.machine import Machine
+from tasks.store import ArtifactStore
 from tasks.training.model import ModelSpec, fetch_weights, hub_commit
+from tasks.training.published import PublishedSpec, build_published
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
+# A file of one tensor of 2 x 3 numbers, which are not there: nobody reads them.
+HEADER = b'{"weight":{"dtype":"F32","shape":[2,3],"data_offsets":[0,24]}}'
+WEIGHTS = len(HEADER).to_bytes(8, "little") + HEADER + bytes(24)
 FILES = {
-    "config.json": b'{"model_type": "qwen2"}',
-    "model.safetensors": b"weights",
+    "config.json": b'{"model_type": "qwen2", "eos_token_id": 7}',
+    "model.safetensors": WEIGHTS,
     "pytorch_model.bin": b"a pickle",
     "modeling.py": b"raise SystemExit",
+    "tokenizer.json": b"{}",
+    "chat_template.jinja": b"{{ messages }}",
 }
 MODEL = ModelSpec(weights="someone/small", weights_revision="main")
 
@@ -78,7 +85,17 @@ def test_a_branch_is_keyed_by_the_commit_that_it_stands_for(machine: Machine) ->
 def test_weights_and_config_are_fetched_and_neither_pickles_nor_code(machine: Machine, tmp_path: Path) -> None:
     folder = fetch_weights(MODEL, COMMIT, machine, tmp_path)
     assert {path.name for path in folder.iterdir() if path.is_file()} == {"config.json", "model.safetensors"}
-    assert (folder / "model.safetensors").read_bytes() == b"weights"
+    assert (folder / "model.safetensors").read_bytes() == WEIGHTS
+
+
+def test_a_published_model_is_fetched_with_its_tokenizer_at_the_commit_that_keys_it(machine: Machine, tmp_path: Path) -> None:
+    artifact = build_published(ArtifactStore(tmp_path), machine, PublishedSpec(weights="someone/small"))
+    assert artifact.manifest.identity["inputs"] == {"source": COMMIT}
+    assert {entry.name for entry in artifact.manifest.files} == {
+        "chat_template.jinja", "config.json", "generation_config.json", "model.safetensors", "tokenizer.json",
+    }  # fmt: skip
+    assert artifact.file("generation_config.json").read_bytes() == b'{"eos_token_id":7}'
+    assert artifact.stats["num_parameters"] == 6
 
 
 def test_a_name_that_the_hub_does_not_know_is_refused(machine: Machine) -> None:
