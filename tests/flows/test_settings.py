@@ -49,3 +49,11 @@ def test_tokens_come_from_the_environment_and_are_not_told(monkeypatch: pytest.M
     with pytest.raises(SettingsError, match="tokens") as raised:
         load_settings()
     assert "planted" not in str(raised.value)
+
+
+def test_monitors_are_named_in_one_word_and_a_stranger_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SEQMILL_MONITORS", "jsonl, tensorboard")
+    assert load_settings().monitor_names == ("jsonl", "tensorboard")
+    assert load_settings().machine().training.monitors == ("jsonl", "tensorboard")
+    with pytest.raises(SettingsError, match="no monitor 'wandb'"):
+        load_settings(monitors="wandb").machine()

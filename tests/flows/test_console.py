@@ -1,0 +1,32 @@
+"""The terminal's bars: a training run's reports stand behind its own bar."""
+
+import io
+
+import pytest
+from rich.console import Console
+
+from flows import console
+
+
+@pytest.fixture
+def terminal(monkeypatch: pytest.MonkeyPatch) -> io.StringIO:
+    screen = io.StringIO()
+    monkeypatch.setattr(console, "err", Console(file=screen, force_terminal=True, width=200))
+    return screen
+
+
+def test_a_report_stands_behind_the_bar_of_its_run_and_a_report_of_another_nowhere(terminal: io.StringIO) -> None:
+    told = console.console_reports()
+    assert told
+    with console.console_progress()("pretrained", 10, "steps") as advance:
+        advance(5)
+        told({"kind": "pretrained", "step": 5, "loss": 2.5, "tokens_per_second": 1234.0, "mfu": 0.25})
+        told({"kind": "adapter", "step": 5, "loss": 7.25})
+    told({"kind": "pretrained", "step": 10, "loss": 1.0})
+    assert "loss 2.5000, 1,234 tokens/s, MFU 25.0%" in terminal.getvalue()
+    assert "7.25" not in terminal.getvalue()
+
+
+def test_nothing_is_shown_where_there_is_no_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(console, "err", Console(file=io.StringIO()))
+    assert console.console_reports() is None
