@@ -8,10 +8,11 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import httpx
 import yaml
 from prefect.client.orchestration import SyncPrefectClient, get_client
 from prefect.events.schemas.automations import AutomationCore
-from prefect.settings import PREFECT_PROFILES_PATH, temporary_settings
+from prefect.settings import PREFECT_API_URL, PREFECT_PROFILES_PATH, temporary_settings
 from prefect.settings.profiles import Profile, load_profiles, save_profiles
 
 from flows.settings import inherited_environment
@@ -22,10 +23,17 @@ PROFILE = "seqmill"
 
 
 def register(root: Path) -> None:
-    """Tell the server our work pool, deployments and automations; what it knows already is updated."""
-    make_pool()
-    deploy(root / "deployments" / "prefect.yaml", root)
-    register_automations(root / "deployments" / "automations.yaml")
+    """Tell the server our work pool, deployments and automations; what it knows already is updated.
+
+    Raises WorkerError where the server cannot be reached, or refuses.
+    """
+    try:
+        make_pool()
+        deploy(root / "deployments" / "prefect.yaml", root)
+        register_automations(root / "deployments" / "automations.yaml")
+    except httpx.HTTPError as error:
+        told = " ".join(str(error).split())[:300]
+        raise WorkerError(f"prefect server {PREFECT_API_URL.value()}: {told or type(error).__name__}; is it there?") from error
 
 
 def make_pool(name: str = POOL) -> None:
