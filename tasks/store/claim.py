@@ -68,6 +68,8 @@ def claimed(bucket: Bucket, ref: str, cache: str, seconds: float) -> Iterator[No
 
 def _take(bucket: Bucket, folder: str, own: Holder) -> int:
     """The term that is ours, once the builder before us has ended or is dead."""
+    if _create(bucket, f"{folder}/0", own):  # as nearly always
+        return 0
     seen: tuple[int, Holder] | None = None
     since, is_told = time.monotonic(), False
     while True:
