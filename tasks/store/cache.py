@@ -8,6 +8,7 @@ Reads and writes  <cache>/<kind>/<key>/   as a local store has it: the manifest 
 import contextlib
 import fcntl
 import os
+import platform
 import re
 import threading
 import uuid
@@ -43,17 +44,16 @@ class Cache:
                 _date(path.parent, manifest)
 
     def holder(self) -> str:
-        """The name of this cache folder, by which a builder knows an earlier process of its own."""
+        """The name of this cache folder on this machine, by which a builder knows an earlier process of its own."""
         path = self.root / HOLDER
-        try:
-            return path.read_text()
-        except FileNotFoundError:
+        if not path.exists():
             own = self.root / f"{HOLDER}-{uuid.uuid4().hex}"
             write_atomically(own, own.name.encode())
             with contextlib.suppress(FileExistsError):
                 os.link(own, path)
             own.unlink()
-            return path.read_text()
+        # The host too: a cache on a mounted home folder is no machine's own, and flock(2) may not hold there.
+        return f"{path.read_text()} {platform.node()}"
 
     @contextmanager
     def fetching(self, artifact: Artifact, entry: FileEntry) -> Iterator[Path]:

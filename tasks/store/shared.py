@@ -166,7 +166,8 @@ class SharedStore(ArtifactStore):
 
     def learn(self) -> None:
         """Get the manifests of all that is no shard, so that the cache can be asked what is like what."""
-        list(self.artifacts(shards=False))
+        kinds = [kind for kind in self.kinds() if not kind.endswith("-shard")]
+        self.load_all([(kind, key) for kind in kinds for key in self.keys(kind) if not self._has(kind, key)])
 
     # To build
 

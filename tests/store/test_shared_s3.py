@@ -140,6 +140,18 @@ def test_a_listing_that_lags_loses_and_rebuilds_nothing(open_store: Callable[[st
     assert BUILDS == ["abc", "letters", "a", "b", "c"]  # another word: its letters are others'
 
 
+def test_a_bar_is_told_every_byte_once_whatever_was_tried_again(url: str, proxy: Proxy, tmp_path: Path) -> None:
+    told: list[int] = []
+    bucket = Bucket(url, proxy.address, QUICK)
+    (tmp_path / "sent").write_bytes(b"a" * LARGE)
+    proxy.rule = first_try_of_each("cut", lambda asked: True)
+    bucket.upload(tmp_path / "sent", "object", told.append)
+    assert sum(told) == LARGE
+    told.clear()
+    bucket.download("object", tmp_path / "read", LARGE, told.append)
+    assert (sum(told), min(told)) == (LARGE, 1)
+
+
 def test_a_download_that_was_cut_short_goes_on_where_it_was(open_store: Callable[[str], SharedStore], proxy: Proxy) -> None:
     build_word(open_store("here"), Machine(), WordSpec(word="a", num_bytes=LARGE))
     word = open_store("there").resolve("word")

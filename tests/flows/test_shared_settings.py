@@ -1,0 +1,40 @@
+"""Settings of a store that is a URL."""
+
+from pathlib import Path
+
+import pytest
+
+from flows.settings import load_settings
+from tasks.errors import SettingsError
+from tasks.store import ArtifactStore, SharedStore
+
+URL = "s3://bucket/prefix"
+
+
+def test_a_url_opens_a_shared_store_whose_root_is_the_cache(tmp_path: Path) -> None:
+    settings = load_settings(store=URL, cache=tmp_path, store_endpoint="http://127.0.0.1:9")
+    store = settings.open_store()
+    assert isinstance(store, SharedStore)
+    assert (store.address, store.bucket.endpoint) == (URL, "http://127.0.0.1:9")
+    assert store.root == settings.store_root
+    assert store.root.parent == tmp_path
+
+
+def test_a_folder_opens_a_local_store(tmp_path: Path) -> None:
+    for given in (tmp_path, str(tmp_path)):
+        store = load_settings(store=given).open_store()
+        assert (type(store), store.address) == (ArtifactStore, str(tmp_path))
+
+
+def test_flows_find_the_url_in_the_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("SEQMILL_STORE", "SEQMILL_CACHE"):
+        monkeypatch.delenv(name, raising=False)
+    with monkeypatch.context() as environment:
+        environment.setenv("SEQMILL_STORE", URL)
+        environment.setenv("SEQMILL_CACHE", str(tmp_path))
+        assert load_settings().open_store().address == URL
+
+
+def test_an_address_of_another_sort_is_refused() -> None:
+    with pytest.raises(SettingsError, match=r"store: .*is the address of no store"):
+        load_settings(store="http://127.0.0.1/store")
