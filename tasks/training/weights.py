@@ -90,8 +90,15 @@ def deepspeed_settings() -> Any:
 def loaded_model(plan: dict[str, Any], folder: str) -> PreTrainedModel:
     """A model with the weights of a folder."""
     precision = plan["optimization"]["precision"]
+    if plan["adapter"] and plan["adapter"]["method"] == "qlora":
+        from tasks.training.adapters.quantized import quantization
+
+        quantized = {"quantization_config": quantization(plan["adapter"]["fields"], precision)}
+    else:
+        quantized = {}
     return AutoModelForCausalLM.from_pretrained(
         folder,
+        **quantized,
         attn_implementation=plan["model"]["attention"],
         dtype=torch.bfloat16 if precision == "bf16" else torch.float32,
         use_safetensors=True,

@@ -135,10 +135,14 @@ def save(trainer: SteppedTrainer, plan: dict[str, Any]) -> None:
         save_adapter(model, weights, Path(plan["output_dir"]), plan["adapter"]["base_ref"])
     else:
         model.save_pretrained(plan["output_dir"], state_dict=weights)
-    counts = [(getattr(p, "ds_numel", p.numel()), p.requires_grad) for p in model.parameters()]
+    if hasattr(model, "get_nb_trainable_parameters"):  # PEFT's count, which knows that 4-bit weights lie two in a byte
+        num_trained, num_parameters = model.get_nb_trainable_parameters()
+    else:
+        counts = [(getattr(p, "ds_numel", p.numel()), p.requires_grad) for p in model.parameters()]
+        num_trained, num_parameters = sum(count for count, trained in counts if trained), sum(count for count, _ in counts)
     result = {
-        "num_parameters": sum(count for count, _ in counts),
-        "num_trainable_parameters": sum(count for count, trained in counts if trained),
+        "num_parameters": num_parameters,
+        "num_trainable_parameters": num_trained,
         "validation_loss": trainer.validation_loss,
     }
     write_atomically(Path(plan["result_path"]), orjson.dumps(result))

@@ -20,6 +20,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "dora": {"lora": {"rank": 2, "use_dora": True, "target_modules": ["q_proj", "embed_tokens"]}},
     "pissa": {"lora": {"rank": 4, "init": "pissa", "target_modules": ["q_proj", "down_proj", "embed_tokens"]}},
     "olora": {"lora": {"rank": 4, "init": "olora", "use_rslora": True, "target_modules": r".*\.(q|v)_proj"}},
+    "qlora": {"method": "qlora", "qlora": {"rank": 2, "target_modules": ["q_proj", "embed_tokens"]}},
     "houlsby": {"method": "bottleneck", "bottleneck": {"size": 8, "placement": "houlsby", "activation": "gelu", "dropout": 0.1}},
     "pfeiffer": {"method": "bottleneck", "bottleneck": {"size": 8}},
     "prefix": {"method": "prefix", "prefix": {"num_virtual_tokens": 4}},
@@ -33,7 +34,8 @@ METHODS: dict[str, dict[str, Any]] = {
     "ia3": {"method": "ia3"},
     "full": {"method": "full"},
 }
-ADDED = [name for name in METHODS if name != "full"]
+PLAIN = [name for name in METHODS if name != "qlora"]  # needs no package more
+ADDED = [name for name in PLAIN if name != "full"]
 VIRTUAL = [name for name in METHODS if name.startswith(("prefix", "p_tuning", "prompt"))]
 
 

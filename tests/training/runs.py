@@ -43,12 +43,15 @@ class Run:
         settings = TrainingSettings(num_ranks=num_ranks, micro_batch_size=1, deepspeed_config=preset(zero))
         work = Work(ArtifactStore(self.folder / "store"), Machine(training=settings), self.folder, None)
         rows = Rows([self.rows], [], BLOCK_SIZE, VOCAB_SIZE, "data")
-        start = Start(config=self.config, folder=None, attention="sdpa", vocab_size=64)
-        plan = make_plan(work, self.spec, self.name, rows, start)
+        plan = make_plan(work, self.spec, self.name, rows, self.start())
         found = Path(plan.resume_from) if plan.resume_from else None
         clear_torn(Path(plan.checkpoint_dir), found)
         self.metrics = [row for row in self.metrics if found and row["step"] <= step_of(found)]
         return {**asdict(plan), "break": breaking or {}}
+
+    def start(self) -> Start:
+        """A new model."""
+        return Start(config=self.config, folder=None, attention="sdpa", vocab_size=64)
 
     @property
     def checkpoints(self) -> Path:
@@ -65,7 +68,8 @@ class Run:
 
     def weights(self) -> str:
         """The digest of the final weights."""
-        return digest_file(self.folder / "model.safetensors")
+        (path,) = self.folder.glob("*.safetensors")
+        return digest_file(path)
 
 
 def carry_out(runs: Sequence[Run], plans: Sequence[dict[str, Any]]) -> None:

@@ -20,6 +20,7 @@ from transformers.pytorch_utils import Conv1D
 
 from tasks.errors import RecipeError
 from tasks.training.adapters.bottleneck import BottleneckConfig
+from tasks.training.adapters.quantized import keep_packing
 from tasks.training.adapters.specs import ALL_LINEAR
 
 LINEAR = (nn.Linear, Conv1D)
@@ -49,6 +50,8 @@ def add_adapter(model: Any, adapter: Fields, where: str, gradient_checkpointing:
     except ValueError as error:  # such as a pattern that meets a module of another sort
         raise RecipeError(f"{where}: {' '.join(str(error).split())}; change its fields") from error
     adapted.initial_products = initial_products(adapted) if fields.get("init", "").startswith(("pissa", "olora")) else None
+    if method == "qlora":
+        keep_packing(adapted)
     if gradient_checkpointing:
         adapted.enable_input_require_grads()  # it passes nothing back through a frozen embedding otherwise
     return adapted
