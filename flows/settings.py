@@ -75,11 +75,6 @@ class Settings(BaseSettings):
         return Path(value)
 
     @property
-    def is_shared(self) -> bool:
-        """Whether the store is a shared one."""
-        return isinstance(self.store, str)
-
-    @property
     def store_root(self) -> Path:
         """The store's folder on this machine; of a shared store, its cache."""
         if isinstance(self.store, str):

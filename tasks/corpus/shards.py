@@ -32,6 +32,7 @@ def load_shards(store: ArtifactStore, entries: Sequence[ShardEntry]) -> list[Art
     artifacts = store.load_all([(entry.kind, entry.key) for entry in entries])
     for entry, artifact in zip(entries, artifacts, strict=True):
         if artifact is None:
+            store.lose_shard(entry.kind, entry.key)
             raise StoreError(
                 f"{store.address}: shard {entry.name} ({entry.kind}/{entry.key[:12]}) is missing; run again to rebuild it"
             )

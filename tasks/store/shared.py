@@ -83,8 +83,6 @@ class SharedStore(ArtifactStore):
         self.claim_seconds, self.progress = claim_seconds, progress
         self._is_checked = False
 
-    is_shared = True
-
     def __getstate__(self) -> dict[str, Any]:
         return {**vars(self), "progress": quiet}  # a bar belongs to the process that shows it
 
@@ -203,15 +201,18 @@ class SharedStore(ArtifactStore):
 
     def lose(self, artifact: Artifact, problem: str) -> NoReturn:
         """Set aside an artifact that cannot be read, and those that list it. Raises StoreError, always."""
-        if self._standing(artifact.kind, artifact.key) == artifact.manifest:  # or it was rebuilt meanwhile
+        if self._standing(artifact.kind, artifact.key) in (None, artifact.manifest):  # else it was rebuilt meanwhile
+            if artifact.kind.endswith("-shard"):
+                self.lose_shard(artifact.kind, artifact.key)  # first: what is set aside halfway is found to be so again
             self.set_aside(artifact.kind, artifact.key, problem)
         shutil.rmtree(artifact.folder, ignore_errors=True)
-        if artifact.kind.endswith("-shard"):
-            # What this run reads is known to the cache, whatever a listing says: a run once more builds the shard again.
-            for parent in self.artifacts(artifact.kind.removesuffix("-shard")):
-                if any(entry.key == artifact.key for entry in parent.manifest.shards):
-                    self.set_aside(parent.kind, parent.key, f"its shard {artifact.key[:12]} is damaged")
         raise StoreError(f"{self.place(artifact.kind, artifact.key)}: {problem}; it was set aside: run again to rebuild it")
+
+    def lose_shard(self, kind: str, key: Digest) -> None:
+        """Set aside what lists a shard. What a run reads is known to its cache, whatever a listing says."""
+        for parent in self.artifacts(kind.removesuffix("-shard")):
+            if any(entry.key == key for entry in parent.manifest.shards):
+                self.set_aside(parent.kind, parent.key, f"its shard {key[:12]} cannot be read")
 
     # To fetch
 
@@ -258,20 +259,28 @@ class SharedStore(ArtifactStore):
         """Upload what is in ``folder``, put the manifest, and make the folder the cache's. The first manifest put is kept."""
         self._refuse_without_conditions()
         self._at_once(lambda entry: self._upload(manifest, entry, folder), manifest.files)
-        data = (folder / MANIFEST_NAME).read_bytes()
-        is_ours = self.bucket.put_new(_manifest_name(manifest.kind, manifest.key), data)
-        target = self.root / manifest.kind / manifest.key
-        if not is_ours and (theirs := self.bucket.get(_manifest_name(manifest.kind, manifest.key))) not in (None, data):
+        if first := self._put_manifest(manifest.kind, manifest.key, (folder / MANIFEST_NAME).read_bytes()):
             log.info("%s/%s: another builder was first; its artifact is kept", manifest.kind, manifest.key[:12])
             shutil.rmtree(folder)
-            first = self.load(manifest.kind, manifest.key)
-            assert first is not None, theirs
-            return first
+            return self._artifact(first)
+        target = self.root / manifest.kind / manifest.key
         if folder != target:
             shutil.rmtree(target, ignore_errors=True)
             target.parent.mkdir(parents=True, exist_ok=True)
             folder.rename(target)
         return self._artifact(manifest, found=False)
+
+    def _put_manifest(self, kind: str, key: Digest, data: bytes) -> Manifest | None:
+        """Commit, unless another builder has: then its manifest."""
+        name = _manifest_name(kind, key)
+        while not self.bucket.put_new(name, data):
+            theirs = self.bucket.get(name)
+            if theirs == data:  # our own, by a try whose answer was cut off
+                return None
+            if theirs is not None and (first := self._standing(kind, key)):
+                return first
+            self.set_aside(kind, key, "its manifest cannot be used")
+        return None
 
     def _upload(self, manifest: Manifest, entry: FileEntry, folder: Path) -> None:
         name = _file_name(manifest, entry)

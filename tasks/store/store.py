@@ -43,8 +43,6 @@ class ArtifactStore:
         self.root = root.expanduser().absolute()
         self.digests = DigestMemory(self.root / ".digests")
 
-    is_shared = False
-
     @property
     def address(self) -> str:
         """How a person names the store."""
@@ -185,6 +183,9 @@ class ArtifactStore:
                 log.info("%s: taken back out of the trash", path)
                 return True
         return False
+
+    def lose_shard(self, kind: str, key: Digest) -> None:
+        """Hear of a listed shard that is not there: a local store sees it by itself at the next find of what lists it."""
 
     def set_aside(self, kind: str, key: Digest, problem: str) -> None:
         """Move a damaged artifact out of the way, whole, for a person to look at. Call it under the lock."""

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from tasks.corpus.shards import load_shards
 from tasks.errors import RefError, StoreError
 from tasks.machine import Machine
 from tasks.store import Artifact, ArtifactStore, SharedStore, cache_folder, is_url
@@ -119,6 +120,26 @@ def test_a_damaged_shard_takes_what_lists_it_out_of_its_place(machines: Machines
         spell(machines["there"], "ab").shard_file(entry, "letter")
     BUILDS.clear()
     assert (spell(machines["there"], "ab").content, BUILDS) == (whole.content, ["letters", "a"])
+
+
+def test_a_shard_that_a_stage_misses_takes_what_lists_it_out_of_its_place(machines: Machines) -> None:
+    whole = spell(machines["here"], "ab")
+    shutil.rmtree(machines["here"].root)
+    entry = next(whole.shards())
+    (machines.bucket / entry.kind / entry.key / "manifest.json").unlink()
+    with pytest.raises(StoreError, match=r"shard train/00000 .* is missing; run again"):
+        load_shards(machines["there"], list(spell(machines["there"], "ab").shards()))
+    BUILDS.clear()
+    assert (spell(machines["there"], "ab").content, BUILDS) == (whole.content, ["letters", "a"])
+
+
+def test_a_manifest_that_cannot_be_read_is_set_aside_when_its_key_is_built(machines: Machines) -> None:
+    word = build_word(machines["here"], Machine(), WordSpec(word="abc"))
+    (path,) = machines.objects("word/*/manifest.json")
+    path.write_text("{")
+    again = build_word(machines["there"], Machine(), WordSpec(word="abc"))
+    assert (again.found, again.content) == (False, word.content)
+    assert len(machines.objects(".damaged/*")) == 1
 
 
 def test_a_bucket_that_was_cleared_is_filled_from_the_cache(machines: Machines) -> None:
