@@ -26,7 +26,7 @@ from tasks.store import write_atomically
 from tasks.training.adapters.virtual import positions_left
 from tasks.training.evaluation import EvaluatorPlan, labels_of, read_blocks, read_held_out
 from tasks.training.generate import LanguageModel, continue_text, greedy_answers, load_language_model
-from tasks.training.likelihood import answer_losses, summed_loss
+from tasks.training.likelihood import answer_losses, label_losses, summed_loss
 from tasks.training.rank import report_metrics
 from tasks.training.speed import decoding_speed
 
@@ -139,19 +139,21 @@ def response_likelihoods(loaded: LanguageModel, rows: Sequence[dict[str, Any]], 
     Where the responses are few and so labels, all of them are tried behind each prompt; else only the row's own.
     """
     labels = labels_of(row["response"] for row in rows)
-    tried = [labels or [row["response"].strip()] for row in rows]
-    ids = {text: encoded_answer(loaded, text, end_marker) for texts in tried for text in texts}
-    pairs = [(number, text) for number, row in enumerate(rows) for text in tried[number] if _has_room(loaded, row, ids[text])]
-    prompts = [rows[number]["prompt_ids"] for number, _ in pairs]
-    found = answer_losses(loaded.model, prompts, [ids[text] for _, text in pairs], ANSWERS_PER_BATCH)
-    losses: list[dict[str, float]] = [{} for _ in rows]
-    for (number, text), loss in zip(pairs, found, strict=True):
-        losses[number][text] = loss
-    told = []
-    for row, of in zip(rows, losses, strict=True):
-        response = row["response"].strip()
-        likely = min(of, key=lambda text: of[text]) if labels and of else None
-        told.append({"likely": likely, "loss": of.get(response, 0.0), "num_tokens": len(ids[response]) if response in of else 0})
+    ids = {text: encoded_answer(loaded, text, end_marker) for text in {row["response"].strip() for row in rows}}
+    longest = max(map(len, ids.values())) if labels else 0
+    told = [{"likely": None, "loss": 0.0, "num_tokens": 0} for _ in rows]
+    asked = [place for place, row in enumerate(rows) if _has_room(loaded, row, longest or len(ids[row["response"].strip()]))]
+    prompts = [rows[place]["prompt_ids"] for place in asked]
+    responses = [rows[place]["response"].strip() for place in asked]
+    if labels:
+        losses = label_losses(loaded.model, prompts, [ids[text] for text in labels], ANSWERS_PER_BATCH)
+        likely: list[str | None] = [labels[min(range(len(labels)), key=of.__getitem__)] for of in losses]
+        own = [of[labels.index(response)] for of, response in zip(losses, responses, strict=True)]
+    else:
+        likely = [None] * len(asked)
+        own = answer_losses(loaded.model, prompts, [ids[response] for response in responses], ANSWERS_PER_BATCH)
+    for place, response, label, loss in zip(asked, responses, likely, own, strict=True):
+        told[place] = {"likely": label, "loss": loss, "num_tokens": len(ids[response])}
     return told
 
 
@@ -161,8 +163,8 @@ def encoded_answer(loaded: LanguageModel, text: str, end_marker: int | None) -> 
     return ids if end_marker is None else [*ids, end_marker]
 
 
-def _has_room(loaded: LanguageModel, row: dict[str, Any], answer: Sequence[int]) -> bool:
-    return bool(answer) and len(row["prompt_ids"]) + len(answer) <= (loaded.max_positions or sys.maxsize)
+def _has_room(loaded: LanguageModel, row: dict[str, Any], num_tokens: int) -> bool:
+    return num_tokens > 0 and len(row["prompt_ids"]) + num_tokens <= (loaded.max_positions or sys.maxsize)
 
 
 def samples(loaded: LanguageModel, spec: dict[str, Any]) -> Iterator[dict[str, Any]]:

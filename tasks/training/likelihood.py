@@ -5,14 +5,15 @@ This module imports torch: import it where it is used.
 Shapes: B rows of a batch, T positions, K the last of them, V vocabulary.
 """
 
-from collections.abc import Callable, Sequence
+import copy
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch.nn.functional import cross_entropy
 
 from tasks.schemas import IGNORED_LABEL
-from tasks.training.generate import batches_by_length
+from tasks.training.generate import Decoding, batches_by_length
 
 LOSS_POSITIONS = 512  # at once through the softmax, which takes the memory of the logits twice more
 
@@ -43,13 +44,7 @@ def row_loss(logits_TV: torch.Tensor, labels_T: torch.Tensor) -> float:
 
 
 @torch.inference_mode()
-def answer_losses(
-    model: Any,
-    prompts: Sequence[Sequence[int]],
-    answers: Sequence[Sequence[int]],
-    batch_size: int,
-    advance: Callable[[int], None] = lambda amount: None,
-) -> list[float]:
+def answer_losses(model: Any, prompts: Sequence[Sequence[int]], answers: Sequence[Sequence[int]], batch_size: int) -> list[float]:
     """The summed loss, in nats, of every answer's ids behind its prompt, in the prompts' order; no prompt is empty."""
     losses = [0.0] * len(prompts)
     lengths = [len(prompt) + len(answer) for prompt, answer in zip(prompts, answers, strict=True)]
@@ -57,8 +52,36 @@ def answer_losses(
         found = _batch_losses(model, [prompts[row] for row in rows], [answers[row] for row in rows])
         for row, loss in zip(rows, found, strict=True):
             losses[row] = loss
-        advance(len(rows))
     return losses
+
+
+@torch.inference_mode()
+def label_losses(
+    model: Any, prompts: Sequence[Sequence[int]], labels: Sequence[Sequence[int]], batch_size: int
+) -> list[list[float]]:
+    """The summed loss, in nats, of every label behind every prompt: a row a prompt. A prompt is read once for all labels."""
+    losses: list[list[float]] = [[] for _ in prompts]
+    for rows in batches_by_length([len(prompt) for prompt in prompts], batch_size):
+        decoding = Decoding(model, [prompts[row] for row in rows])
+        first_BV = decoding.logits()
+        for label in labels:
+            for row, loss in zip(rows, _label_loss(decoding, first_BV, label), strict=True):
+                losses[row].append(loss)
+    return losses
+
+
+def _label_loss(decoding: Decoding, logits_BV: torch.Tensor, label: Sequence[int]) -> list[float]:
+    """Of one label behind a batch of prompts; ``decoding`` is left as it was."""
+    branch = copy.copy(decoding)
+    branch.cache = copy.deepcopy(decoding.cache) if len(label) > 1 else None
+    loss_B = torch.zeros(len(logits_BV))
+    for place, id_ in enumerate(label):
+        if place:
+            branch.append(torch.full((len(logits_BV),), label[place - 1]))
+            logits_BV = branch.logits()
+        loss_B -= torch.log_softmax(logits_BV.float(), -1)[:, id_].cpu()
+    found: list[float] = loss_B.tolist()
+    return found
 
 
 def _batch_losses(model: Any, prompts: Sequence[Sequence[int]], answers: Sequence[Sequence[int]]) -> list[float]:

@@ -16,7 +16,7 @@ from tasks.store import Artifact, ArtifactStore, Built, Spec, Work, shard_entry,
 from tasks.training.evaluate import blocks_per_batch, response_likelihoods, validate, validate_examples
 from tasks.training.evaluation import EvaluationSpec, build_evaluation
 from tasks.training.generate import load_language_model
-from tasks.training.likelihood import answer_losses
+from tasks.training.likelihood import answer_losses, label_losses
 from tests.training.tiny import END_ID, VOCAB_SIZE, save_tiny_adapter, save_tiny_model
 
 BLOCK_SIZE = 16
@@ -144,6 +144,14 @@ def test_an_answers_loss_is_that_of_its_ids_behind_its_prompt_whatever_stands_be
         ]
     assert answer_losses(loaded.model, prompts, answers, batch_size=3) == pytest.approx(by_hand, rel=1e-5)
     assert answer_losses(loaded.model, prompts, answers, batch_size=1) == pytest.approx(by_hand, rel=1e-5)
+
+
+def test_labels_behind_a_prompt_that_is_read_once_are_as_likely_as_each_alone(inputs: dict[str, Artifact]) -> None:
+    loaded = load_language_model(inputs["model"].path, inputs["adapter"].path)
+    prompts, labels = [[1, 2, 3], [4], [9, 9, 9, 9, 9, 9]], [[7], [5, 6, 258], [8, 258]]
+    together = label_losses(loaded.model, prompts, labels, batch_size=2)
+    for prompt, losses in zip(prompts, together, strict=True):
+        assert losses == pytest.approx(answer_losses(loaded.model, [prompt] * 3, labels, batch_size=3), rel=1e-4)
 
 
 def test_of_few_labels_the_likeliest_is_told_and_of_open_questions_none(inputs: dict[str, Artifact]) -> None:
