@@ -1,6 +1,11 @@
 """A corpus from its archive to examples on a shared store: what a local run makes, found by every other machine."""
 
 import os
+import signal
+import subprocess
+import sys
+import threading
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -12,7 +17,7 @@ from tasks.store import Artifact, ArtifactStore, SharedStore
 from tests.corpus.http_server import Loopback, serving
 from tests.e2e.world import World
 from tests.faults.corpus import Sources, build_all
-from tests.store.s3 import BUCKET, CREDENTIALS, Proxy, s3_server
+from tests.store.s3 import BUCKET, CREDENTIALS, Asked, Fate, Proxy, let_pass, s3_server
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
@@ -54,6 +59,50 @@ def test_another_machine_finds_all_builds_nothing_and_reads_no_file(
     assert all(artifact.found for artifact in found.values())
     assert {asked.method for asked in server.asked} == {"GET"}
     assert all(asked.target.endswith("/manifest.json") for asked in server.asked)
+
+
+BUILD = """
+import sys
+from pathlib import Path
+from tasks.machine import Machine
+from tasks.store import SharedStore
+from tests.faults.corpus import Sources, build_all
+
+url, endpoint, cache, corpus, conversations = sys.argv[1:]
+build_all(SharedStore(url, Path(cache), endpoint=endpoint, claim_seconds=1), Machine(), Sources(corpus, conversations))
+"""
+
+
+def test_a_machine_that_dies_in_its_build_is_taken_over_shard_for_shard(
+    built: dict[str, Artifact], server: Proxy, sources: Sources, tmp_path: Path
+) -> None:
+    url = f"s3://{BUCKET}/killed"
+    reached = threading.Event()
+
+    def watch(asked: Asked) -> Fate:
+        if asked.method == "PUT" and "/documents-shard/" in asked.target and len(shards_put(server, "killed")) == 3:
+            reached.set()
+        return "pass"
+
+    server.rule = watch
+    command = [sys.executable, "-c", BUILD, url, server.address, str(tmp_path / "here"), sources.corpus, sources.conversations]
+    dead = subprocess.Popen(command, env={**os.environ, "PYTHONPATH": os.getcwd()})
+    assert reached.wait(120)
+    dead.send_signal(signal.SIGKILL)
+    dead.wait()
+    server.rule = let_pass
+    store = SharedStore(url, tmp_path / "there", endpoint=server.address, claim_seconds=1)
+    assert contents(build_all(store, Machine(), sources)) == contents(built)
+    put = Counter(shards_put(server, "killed"))
+    assert len(put) == len(list(built["documents"].shards()))
+    assert sum(put.values()) <= len(put) + 1  # but for the one under way, no shard was built twice
+
+
+def shards_put(server: Proxy, prefix: str) -> list[str]:
+    start, end = f"/{BUCKET}/{prefix}/documents-shard/", "/manifest.json"
+    return [
+        one.target for one in server.asked if one.method == "PUT" and one.target.startswith(start) and one.target.endswith(end)
+    ]
 
 
 def test_verify_reads_every_byte_and_finds_one_that_changed(built: dict[str, Artifact], server: Proxy, tmp_path: Path) -> None:
