@@ -6,6 +6,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from flows import services
 
 WAIT = [sys.executable, "-c", "import signal; print('up', flush=True); signal.pause()"]
@@ -25,6 +27,26 @@ def test_a_service_that_is_deaf_is_killed(tmp_path: Path) -> None:
     service = services.start(tmp_path, "worker", [sys.executable, "-c", deaf], dict(os.environ), "")
     (tmp_path / "ready").read_text()  # returns once the other side has opened and closed it
     assert services.stop(tmp_path, "worker", seconds=0) == service
+
+
+def test_what_a_service_started_ends_with_it(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "ready")
+    child = "import os, signal; signal.signal(15, signal.SIG_IGN); f = open('ready', 'w'); f.write(str(os.getpid())); f.close()"
+    code = (
+        f"import subprocess, sys; subprocess.run([sys.executable, '-c', {child + '; signal.pause()'!r}], start_new_session=True)"
+    )
+    here = f"import os; os.chdir({str(tmp_path)!r}); {code}"
+    services.start(tmp_path, "worker", [sys.executable, "-c", here], dict(os.environ), "")
+    pid = int((tmp_path / "ready").read_text())
+    services.stop(tmp_path, "worker", seconds=0.2)
+    assert services.started(pid) is None
+
+
+def test_a_process_tells_when_it_started_with_and_without_proc(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert services.started(os.getpid()) == services.started(os.getpid())
+    monkeypatch.setattr(services, "_HAS_PROC", False)
+    assert services.started(os.getpid())
+    assert services.started(2**22) is None
 
 
 def test_another_process_of_the_same_number_is_not_the_service_and_is_left_alone(tmp_path: Path) -> None:
