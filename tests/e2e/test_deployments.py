@@ -121,8 +121,8 @@ def test_a_killed_flow_is_crashed_and_a_retry_goes_on(up: Operated, first: str) 
         os.kill(pid, signal.SIGKILL)
     wait_for(lambda: not up.processes("tasks.training.worker"))
     assert up.end(run) == "Crashed"
-    # The worker reports it a second time, some 10 s later: a retry before that would be taken for the run that crashed.
-    wait_for(lambda: f"Reported flow run '{run}' as crashed" in messages(up, run))
+    # The worker comes back to it some 10 s later: a retry before that would be taken for the run that crashed.
+    wait_for(lambda: "Check whether the flow run exceeded its memory" in messages(up, run))
     up.retry(run)
     wait_for(lambda: up.state(run) == "Running")
     assert up.end(run) == "Completed"
@@ -135,6 +135,18 @@ def test_a_killed_worker_leaves_no_rank_and_the_next_one_goes_on(up: Operated, f
     wait_for(lambda: not up.processes("prefect.engine") and not up.processes("tasks.training.worker"))
     assert up.end(run) == "Crashed"
     up.up()
+    up.retry(run)
+    wait_for(lambda: up.state(run) == "Running")
+    assert up.end(run) == "Completed"
+    assert resumed_from(up) >= 50
+
+
+def test_down_ends_runs_under_way_and_after_up_a_retry_goes_on(up: Operated, first: str) -> None:
+    run = training(up, seed=25)
+    up.seqmill("down")
+    assert up.processes() == []
+    up.up()
+    wait_for(lambda: up.state(run) != "Running")
     up.retry(run)
     wait_for(lambda: up.state(run) == "Running")
     assert up.end(run) == "Completed"
