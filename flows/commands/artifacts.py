@@ -25,8 +25,7 @@ def list_artifacts(
 ) -> None:
     """List the artifacts in the store, oldest first."""
     artifacts = load_settings(store=store).open_store()
-    found = [artifact for artifact in artifacts.artifacts(kind) if shards or kind or not artifact.kind.endswith("-shard")]
-    rows = [_artifact_row(artifact) for artifact in found]
+    rows = [_artifact_row(artifact) for artifact in artifacts.artifacts(kind, shards=shards)]
     if as_json:
         print_json(rows)
         return
