@@ -16,7 +16,7 @@ from benchmarks.ranks import peak_path
 from benchmarks.training_inputs import RowsSpec, write_blocks
 from tasks.machine import Machine, TrainingSettings
 from tasks.store import ArtifactStore, Work
-from tasks.store.stage import environment
+from tasks.store.origin import environment
 from tasks.training.deepspeed import preset
 from tasks.training.launch import run_worker
 from tasks.training.memory import Estimate, Load, Shape, estimate

@@ -3,7 +3,7 @@ from typing import Any
 import pytest
 
 from tasks.errors import RecipeError
-from tasks.training.weights import checked_config, new_model
+from tasks.training.weights import checked_config, compile_layers, new_model
 from tests.training.small_inputs import QWEN
 
 
@@ -45,3 +45,21 @@ def test_a_new_model_is_the_same_for_the_same_seed() -> None:
 
     assert torch.equal(first_weight(1), first_weight(1))
     assert not torch.equal(first_weight(1), first_weight(2))
+
+
+@pytest.mark.slow  # a C++ compiler is at work
+def test_compiled_layers_give_the_same_loss_and_gradients() -> None:
+    import torch
+
+    def trained(is_compiled: bool) -> tuple[Any, Any]:
+        torch.manual_seed(1)
+        model = new_model({"config": {**QWEN, "attention_dropout": 0.0}, "attention": "sdpa"}).train()
+        if is_compiled:
+            compile_layers(model)
+        ids = torch.arange(2 * 16).view(2, 16) % 60
+        loss = model(input_ids=ids, labels=ids, use_cache=False).loss
+        loss.backward()
+        return loss.detach(), model.get_input_embeddings().weight.grad
+
+    for plain, compiled in zip(trained(is_compiled=False), trained(is_compiled=True), strict=True):
+        torch.testing.assert_close(plain, compiled, atol=1e-5, rtol=1e-5)
