@@ -22,10 +22,17 @@ def test_a_wrong_setting_is_the_users_mistake_and_named(monkeypatch: pytest.Monk
 
 def test_a_deepspeed_preset_is_found_by_name_and_a_file_by_its_path(tmp_path: Path) -> None:
     (tmp_path / "mine.json").write_text("{}")
-    assert Settings(deepspeed="zero2").deepspeed_path.name == "zero2.json"
+    path = Settings(deepspeed="zero2").deepspeed_path
+    assert path is not None
+    assert path.name == "zero2.json"
     assert Settings(deepspeed=str(tmp_path / "mine.json")).deepspeed_path == tmp_path / "mine.json"
     with pytest.raises(SettingsError, match=r"presets are .*zero3_offload"):
         _ = Settings(deepspeed="zero9").deepspeed_path
+
+
+def test_a_preset_is_picked_where_deepspeed_is_auto() -> None:
+    assert Settings(deepspeed="auto").machine().training.picks_preset
+    assert not Settings(deepspeed="zero2").machine().training.picks_preset
 
 
 def test_free_bytes_are_those_of_the_nearest_folder_that_exists(tmp_path: Path) -> None:
