@@ -49,6 +49,8 @@ def export_model(store: ArtifactStore, machine: Machine, artifact: Artifact, tar
         if is_adapter and not merged:
             name_base(store, artifact, folder)
         (folder / "README.md").write_text(model_card(store, artifact, merged), encoding="utf-8")
+        for path in folder.iterdir():
+            path.chmod(0o644)  # safetensors writes for its owner alone, and who serves a model may be another
         fsync_tree(folder)
         folder.replace(target)
     return target

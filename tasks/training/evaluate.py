@@ -141,7 +141,7 @@ def response_likelihoods(loaded: LanguageModel, rows: Sequence[dict[str, Any]], 
     labels = labels_of(row["response"] for row in rows)
     ids = {text: encoded_answer(loaded, text, end_marker) for text in {row["response"].strip() for row in rows}}
     longest = max(map(len, ids.values())) if labels else 0
-    told = [{"likely": None, "loss": 0.0, "num_tokens": 0} for _ in rows]
+    told: list[dict[str, Any]] = [{"likely": None, "loss": 0.0, "num_tokens": 0} for _ in rows]
     asked = [place for place, row in enumerate(rows) if _has_room(loaded, row, longest or len(ids[row["response"].strip()]))]
     prompts = [rows[place]["prompt_ids"] for place in asked]
     responses = [rows[place]["response"].strip() for place in asked]
