@@ -5,6 +5,7 @@ Reads   deployments/prefect.yaml, deployments/automations.yaml
 
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from tasks.errors import WorkerError
 
 POOL = "seqmill"
 PROFILE = "seqmill"
+UNDER_WAY = ["RUNNING", "PENDING", "CANCELLING"]
 
 
 def register(root: Path) -> None:
@@ -76,6 +78,36 @@ def num_workers_online(pool: str = POOL) -> int:
     with get_client(sync_client=True) as client:
         workers = client.request("POST", f"/work_pools/{pool}/workers/filter", json={}).json()
     return sum(worker["status"] == "ONLINE" for worker in workers)
+
+
+def cancel_runs(seconds: float, pool: str = POOL) -> None:
+    """Cancel the pool's runs under way and wait until they have ended: a worker that ends kills them without a word."""
+    with get_client(sync_client=True) as client:
+        cancelled = set(_runs_in(client, pool, ["RUNNING", "PENDING"]))
+        for run in cancelled:
+            _set_state(client, run, {"type": "CANCELLING", "message": "seqmill down"})
+        deadline = time.monotonic() + seconds
+        # Its own engine tells of a run as crashed, before the worker says what it was ended for.
+        while cancelled & set(_runs_in(client, pool, [*UNDER_WAY, "CRASHED"])) and time.monotonic() < deadline:
+            time.sleep(0.5)
+
+
+def crash_orphans(pool: str = POOL) -> None:
+    """Mark runs Crashed that are told to be under way while the pool has no worker, as after a power cut."""
+    if num_workers_online(pool):
+        return
+    with get_client(sync_client=True) as client:
+        for run in _runs_in(client, pool, UNDER_WAY):
+            _set_state(client, run, {"type": "CRASHED", "message": "its worker is gone; run it again to go on"})
+
+
+def _runs_in(client: SyncPrefectClient, pool: str, states: list[str]) -> list[str]:
+    body = {"work_pools": {"name": {"any_": [pool]}}, "flow_runs": {"state": {"type": {"any_": states}}}}
+    return [run["id"] for run in client.request("POST", "/flow_runs/filter", json=body).json()]
+
+
+def _set_state(client: SyncPrefectClient, run: str, state: dict[str, str]) -> None:
+    client.request("POST", f"/flow_runs/{run}/set_state", json={"state": state, "force": state["type"] == "CRASHED"})
 
 
 def enter_profile(profiles_path: Path, url: str) -> str | None:

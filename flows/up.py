@@ -11,8 +11,10 @@ import socket
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
+
+import httpx
 
 import flows
 from flows import services
@@ -21,9 +23,9 @@ from flows.settings import Settings, environment, export_settings, inherited_env
 from tasks.errors import SettingsError, WorkerError
 
 WORKER_SECONDS = 120.0  # until the server has heard of the worker: 6 s, on two busy cores 20
-# On SIGTERM the worker ends its runs: each saves a checkpoint for at most STOP_SECONDS, and Prefect kills it after 30 s.
-DOWN_SECONDS = 60.0
+DOWN_SECONDS = 30.0
 STOP_SECONDS = 12.0  # a cancelled run's ranks are gone within 15 s
+CANCEL_SECONDS = 60.0  # until the runs are told as cancelled: STOP_SECONDS, and 10 s that Prefect's worker takes to say so
 
 EVERY_ADDRESS = ("0.0.0.0", "::")  # noqa: S104 (asked for by the user, who then has to set a password)
 
@@ -51,6 +53,7 @@ def bring_up(settings: Settings, host: str, port: int) -> str:
 
             registration.register(root)
             if not services.running(folder, "worker"):
+                registration.crash_orphans()
                 _start_worker(folder, server.url, root)
             if before := registration.enter_profile(profiles, server.url):
                 (folder / "profile.json").write_text(json.dumps(before))
@@ -63,10 +66,14 @@ def take_down(settings: Settings) -> list[str]:
     if not folder.is_dir():
         return []
     with _alone(folder):
-        ended = [service for name in ("worker", "server") if (service := services.stop(folder, name, DOWN_SECONDS))]
-        with environment(prefect_environment(settings, None, verbose=False)):
+        server = services.running(folder, "server")
+        with environment(prefect_environment(settings, server.url if server else None, verbose=False)):
             from flows import registration
 
+            if server and services.running(folder, "worker"):
+                with suppress(httpx.HTTPError):  # a server that does not answer is ended all the same
+                    registration.cancel_runs(CANCEL_SECONDS)
+            ended = [service for name in ("worker", "server") if (service := services.stop(folder, name, DOWN_SECONDS))]
             registration.leave_profile(profiles, _profile_before(folder))
         (folder / "profile.json").unlink(missing_ok=True)
     return [service.name for service in ended]

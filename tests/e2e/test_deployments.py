@@ -146,7 +146,7 @@ def test_down_ends_runs_under_way_and_after_up_a_retry_goes_on(up: Operated, fir
     up.seqmill("down")
     assert up.processes() == []
     up.up()
-    wait_for(lambda: up.state(run) != "Running")
+    assert up.state(run) == "Cancelled"
     up.retry(run)
     wait_for(lambda: up.state(run) == "Running")
     assert up.end(run) == "Completed"
