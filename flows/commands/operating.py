@@ -30,7 +30,7 @@ def up(
 
 @commands.command()
 def down(store: StoreOption = None) -> None:
-    """End what `up` started, and the runs with it; what they finished is kept."""
+    """Cancel the runs under way, which save a checkpoint, and end what `up` started; what is finished is kept."""
     from flows.up import take_down
 
     ended = take_down(load_settings(store=store))
