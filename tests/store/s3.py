@@ -30,6 +30,15 @@ START_SECONDS = 60
 WEED = shutil.which("weed", path=f"{sysconfig.get_path('scripts')}{os.pathsep}{os.environ.get('PATH', '')}")
 
 
+# The server ends with the tests that started it, even by kill -9: the death signal outlives the exec.
+_SERVER = """
+import os, sys
+from tasks.machine import die_with_parent
+die_with_parent(int(sys.argv[1]))
+os.execv(sys.argv[2], sys.argv[2:])
+"""
+
+
 @contextmanager
 def s3_server(folder: Path) -> Iterator[str]:
     """The address of a server with one empty bucket; it ends with the block."""
@@ -45,6 +54,7 @@ def s3_server(folder: Path) -> Iterator[str]:
     }
     (folder / "s3.json").write_bytes(orjson.dumps({"identities": [identity]}))
     command = [
+        sys.executable, "-c", _SERVER, str(os.getpid()),
         WEED, "server", f"-dir={folder / 'data'}", "-ip=127.0.0.1", "-ip.bind=127.0.0.1", *flags, "-filer", "-s3",
         f"-s3.config={folder / 's3.json'}", "-master.volumeSizeLimitMB=256", "-volume.max=16",
         f"-filer.localSocket={folder / 'filer.sock'}", "-s3.port.iceberg=0", "-s3.port.lance=0",
