@@ -39,7 +39,8 @@ def sources(tmp_path_factory: pytest.TempPathFactory) -> Sources:
 def built(server: Proxy, sources: Sources, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Artifact]:
     os.environ.update(CREDENTIALS)
     store = SharedStore(URL, tmp_path_factory.mktemp("here"), endpoint=server.address)
-    return build_all(store, Machine(num_workers=2, pool="processes"), sources)
+    # A number of workers that no other test takes: a pool that stands has the environment of its start, without credentials.
+    return build_all(store, Machine(num_workers=3, pool="processes"), sources)
 
 
 def contents(artifacts: dict[str, Artifact]) -> dict[str, tuple[str, str]]:
