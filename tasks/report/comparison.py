@@ -15,13 +15,12 @@ from tasks.report.tables import Artifacts, Table
 from tasks.store import Artifact
 
 COLUMNS = (
-    "Method", "Trained", "Share", "File", "Peak memory", "A step", "Loss of answers", "Accuracy", "Tokens a second", "Speed",
-    "Context",
+    "Method", "Trained", "Share", "File", "Memory", "A step", "Loss", "Accuracy", "Tokens/s", "Speed", "Context",
 )  # fmt: skip
 NOTE = (
-    "Trained: parameters. Peak memory: of a rank, all told. A step: the median. Loss of answers: on held-out conversations, "
-    "nats a token. Tokens a second: one text at a time; speed: against the base. Context: the positions left for text. What is "
-    "measured in seconds and bytes depends on the machine and its other work."
+    "Trained: parameters. Memory: the most that a rank had. A step: the median. Loss: of answers to held-out conversations, in "
+    "nats a token. Tokens/s: one text at a time; speed: against the base. Context: the positions left for text. What is measured "
+    "in seconds and bytes depends on the machine and its other work."
 )
 NO_VALUE = "–"
 
