@@ -78,7 +78,7 @@ def test_a_pickle_in_the_place_of_weights_is_refused_and_not_run(tmp_path: Path)
     for name in ("pytorch_model.bin", "adapter_model.bin", "training_args.bin", "optimizer.pt", "rng_state.pth"):
         (folder / name).write_bytes(pickle.dumps(Touch(touched)))
     with pytest.raises(OSError, match="safetensors"):
-        loaded_model({"optimization": {"precision": "fp32"}, "model": {"attention": "eager"}}, str(folder))
+        loaded_model({"optimization": {"precision": "fp32"}, "model": {"attention": "eager"}, "adapter": None}, str(folder))
     assert not touched.exists()
 
 
