@@ -19,7 +19,7 @@ from tasks.store.artifact import MANIFEST_NAME, ShardEntry
 from tasks.store.digest import digest_bytes, digest_json
 
 # So many shards tell how long one takes; from so many seconds on it is the disk that is waited for, and threads wait together.
-PROBED, SLOW_SECONDS, NUM_THREADS, CHUNK = 200, 100e-6, 16, 500
+PROBED, SLOW_SECONDS, NUM_THREADS, CHUNK = 200, 100e-6, 8, 500
 
 
 def damaged_shard(root: Path, entries: Sequence[ShardEntry]) -> str | None:
