@@ -17,6 +17,7 @@ from tasks.corpus.tokens import TokensSpec, build_tokens
 from tasks.errors import SeqmillError
 from tasks.machine import Machine
 from tasks.store import Artifact, ArtifactStore
+from tasks.store.lease import end_lease
 from tests.faults.corpus import NODES, Sources, build_all, build_node
 from tests.faults.harness import contents, damaged, finished, rebuilt, remains
 
@@ -37,6 +38,11 @@ class Disk:
 
     def remount(self, options: str) -> None:
         mount("-o", f"remount,{options}", str(self.path))
+
+    def close(self, store: ArtifactStore) -> None:
+        """Let nothing be written any more; a file that is held open for it, as a lease is, would forbid that."""
+        end_lease(store.root)
+        self.remount("ro")
 
     def leave_pages(self, num_pages: int) -> None:
         self._leave(lambda found: f"size={(found.f_blocks - found.f_bfree + num_pages) * PAGE_BYTES},nr_inodes=100k")
@@ -86,6 +92,7 @@ def fill(disk: Disk, sources: Sources, leave: Callable[[int], None], step: int) 
             problems += rebuilt(before, finished(store.root))
             room += 1 if room < FINE else step
     disk.remount(ROOM)
+    end_lease(store.root)
     problems += [*damaged(store.root), *remains(store.root)]
     return {"errors": errors, "problems": problems, "contents": contents(store.root)}
 
@@ -95,13 +102,13 @@ def close(disk: Disk, sources: Sources) -> dict[str, Any]:
     store, machine = ArtifactStore(disk.path / "store"), Machine(num_workers=2)
     had = build_all(store, machine, sources)
     lost = next(had["tokens"].shards())
-    disk.remount("ro")
+    disk.close(store)
     found = [artifact.found for artifact in build_all(store, machine, sources).values()]
     other = TokensSpec(end_of_document="<|im_end|>")
     new = told(lambda: build_tokens(store, machine, other, documents=had["documents"], tokenizer=had["tokenizer"]))
     disk.remount("rw")
     had["tokens"].shard_file(lost, "tokens.arrow").unlink()
-    disk.remount("ro")
+    disk.close(store)
     return {"found": found, "new": new, "damaged": told(lambda: build_all(store, machine, sources)), "where": str(store.root)}
 
 
