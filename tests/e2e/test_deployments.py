@@ -123,10 +123,7 @@ def test_a_killed_flow_is_crashed_and_a_retry_goes_on(up: Operated, first: str) 
     assert up.end(run) == "Crashed"
     # The worker comes back to it some 10 s later: a retry before that would be taken for the run that crashed.
     wait_for(lambda: "Check whether the flow run exceeded its memory" in messages(up, run))
-    up.retry(run)
-    wait_for(lambda: up.state(run) == "Running")
-    assert up.end(run) == "Completed"
-    assert resumed_from(up) >= 50
+    assert_a_retry_goes_on(up, run)
 
 
 def test_a_killed_worker_leaves_no_rank_and_the_next_one_goes_on(up: Operated, first: str) -> None:
@@ -135,10 +132,7 @@ def test_a_killed_worker_leaves_no_rank_and_the_next_one_goes_on(up: Operated, f
     wait_for(lambda: not up.processes("prefect.engine") and not up.processes("tasks.training.worker"))
     assert up.end(run) == "Crashed"
     up.up()
-    up.retry(run)
-    wait_for(lambda: up.state(run) == "Running")
-    assert up.end(run) == "Completed"
-    assert resumed_from(up) >= 50
+    assert_a_retry_goes_on(up, run)
 
 
 def test_down_ends_runs_under_way_and_after_up_a_retry_goes_on(up: Operated, first: str) -> None:
@@ -147,10 +141,7 @@ def test_down_ends_runs_under_way_and_after_up_a_retry_goes_on(up: Operated, fir
     assert up.processes() == []
     up.up()
     assert up.state(run) == "Cancelled"
-    up.retry(run)
-    wait_for(lambda: up.state(run) == "Running")
-    assert up.end(run) == "Completed"
-    assert resumed_from(up) >= 50
+    assert_a_retry_goes_on(up, run)
 
 
 def test_a_run_that_says_nothing_any_more_is_crashed(up: Operated, first: str) -> None:
@@ -185,6 +176,13 @@ def test_a_secret_of_the_environment_is_nowhere_in_the_store_the_logs_or_the_dat
     for path in up.folder.rglob("*"):
         if path.is_file():
             assert SECRET.encode() not in path.read_bytes(), path
+
+
+def assert_a_retry_goes_on(up: Operated, run: str) -> None:
+    up.retry(run)
+    wait_for(lambda: up.state(run) == "Running")
+    assert up.end(run) == "Completed"
+    assert resumed_from(up) >= 50
 
 
 def messages(up: Operated, run: str) -> str:

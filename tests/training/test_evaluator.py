@@ -17,19 +17,9 @@ from tasks.training.evaluate import blocks_per_batch, response_likelihoods, vali
 from tasks.training.evaluation import EvaluationSpec, build_evaluation
 from tasks.training.generate import load_language_model
 from tasks.training.likelihood import answer_losses, label_losses
-from tests.training.tiny import END_ID, VOCAB_SIZE, save_tiny_adapter, save_tiny_model
+from tests.training.tiny import END_ID, VOCAB_SIZE, FolderSpec, build_tiny_model, save_tiny_adapter
 
 BLOCK_SIZE = 16
-
-
-class FolderSpec(Spec):
-    pass
-
-
-@stage("pretrained", revision=1)
-def build_model(work: Work, spec: FolderSpec) -> Built:
-    save_tiny_model(work.folder)
-    return Built()
 
 
 @stage("adapter", revision=1)
@@ -82,7 +72,7 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> ArtifactStore:
 
 @pytest.fixture(scope="module")
 def inputs(store: ArtifactStore) -> dict[str, Artifact]:
-    model = build_model(store, Machine(), FolderSpec())
+    model = build_tiny_model(store, Machine(), FolderSpec())
     return {
         "model": model,
         "adapter": build_adapter(store, Machine(), FolderSpec(), base=model),

@@ -7,10 +7,10 @@ import pytest
 
 from tasks.errors import RecipeError, SourceError
 from tasks.machine import Machine
-from tasks.store import ArtifactStore, Built, Spec, Work, stage
+from tasks.store import ArtifactStore
 from tasks.training.evaluation import EvaluationSpec, build_evaluation
 from tasks.training.harness import HarnessSpec, figures_of, identify_tasks
-from tests.training.tiny import save_tiny_model
+from tests.training.tiny import FolderSpec, build_tiny_model
 
 TASK = """
 task: capitals
@@ -30,16 +30,6 @@ QUESTIONS = [
 ]
 
 
-class FolderSpec(Spec):
-    pass
-
-
-@stage("pretrained", revision=1)
-def build_model(work: Work, spec: FolderSpec) -> Built:
-    save_tiny_model(work.folder)
-    return Built()
-
-
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     folder = tmp_path / "tasks"
@@ -53,7 +43,7 @@ def folder(tmp_path: Path) -> Path:
 def test_a_model_is_measured_on_the_tasks_of_a_folder_and_the_figures_are_kept(folder: Path, tmp_path: Path) -> None:
     pytest.importorskip("lm_eval")
     store = ArtifactStore(tmp_path / "store")
-    model = build_model(store, Machine(), FolderSpec())
+    model = build_tiny_model(store, Machine(), FolderSpec())
     spec = EvaluationSpec(harness=HarnessSpec(folder=str(folder), tasks=("capitals",)))
     evaluation = build_evaluation(store, Machine(), spec, model=model)
     accuracy = evaluation.stats["harness"]["capitals.acc"]

@@ -2,6 +2,8 @@
 
 from pathlib import Path
 
+from tasks.store import Built, Spec, Work, stage
+
 END_ID = 256
 VOCAB_SIZE = 259
 NUM_POSITIONS = 64
@@ -64,3 +66,14 @@ def save_tiny_adapter(model_dir: Path, folder: Path) -> Path:
     config = LoraConfig(r=4, lora_alpha=64, target_modules=["q_proj", "v_proj"], init_lora_weights=False, task_type="CAUSAL_LM")
     get_peft_model(AutoModelForCausalLM.from_pretrained(model_dir), config).save_pretrained(folder)
     return folder
+
+
+class FolderSpec(Spec):
+    """Of a stage that has nothing to be told."""
+
+
+@stage("pretrained", revision=1)
+def build_tiny_model(work: Work, spec: FolderSpec) -> Built:
+    """The model folder as an artifact."""
+    save_tiny_model(work.folder)
+    return Built()
