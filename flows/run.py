@@ -2,7 +2,7 @@
 
 import logging
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -12,7 +12,8 @@ from prefect.logging.handlers import APILogWorker
 from flows.checks import check_ranks
 from flows.console import console_progress, console_reports
 from flows.dag import Node, ending_with, nodes_of
-from flows.recipe import load_recipe
+from flows.legs import taken
+from flows.recipe import Recipe, load_recipe
 from flows.settings import load_settings
 from flows.walk import side_by_side
 from tasks.machine import Machine, quiet
@@ -28,17 +29,33 @@ def run_recipe(name_or_path: str, overrides: Mapping[str, Any] | None, ends: Ite
 
     Returns one row a stage, in order: {"name", "kind", "key", "content", "status": "found" | "built", "seconds"}.
     """
+    recipe = load_recipe(name_or_path, overrides)
+    ends = list(ends)
+    return run_nodes(recipe, ending_with(nodes_of(recipe), ends), ends, overrides)
+
+
+def run_nodes(
+    recipe: Recipe,
+    nodes: Sequence[Node],
+    ends: list[str],
+    overrides: Mapping[str, Any] | None = None,
+    given: Mapping[str, str] | None = None,
+) -> list[dict[str, Any]]:
+    """Find or build these nodes; a row each, as ``run_recipe`` returns.
+
+    given: by the names of nodes that are not among them, references of what they stand on.
+    """
     for logger in ("flows", "tasks"):
         logging.getLogger(logger).setLevel(logging.INFO)
-    recipe = load_recipe(name_or_path, overrides)
     settings = load_settings()
     store = settings.open_store(console_progress())
     machine = replace(settings.machine(console_progress()), on_metrics=console_reports(), recipe=recipe.name)
-    ends = list(ends)
-    nodes = ending_with(nodes_of(recipe), ends)
     check_ranks(nodes, machine)
     with recorded_run(store.root, recipe.name, ends, overrides) as record:
         walk = Walk(recipe.name, store, machine, record)
+        for name, ref in (given or {}).items():
+            walk.artifacts[name] = taken(store, ref)
+            record(name, ref)
         if (num_slots := machine.training.num_slots) == 1:
             for node in nodes:
                 walk.build(node)
@@ -85,7 +102,7 @@ class Walk:
         return f"{self.recipe} {node.name}", self.store, self.machine, node.spec, inputs
 
     def _awaited(self, node: Node) -> list[Any]:
-        return [self.told[source] for source in (*node.inputs.values(), *node.after)]
+        return [self.told[source] for source in (*node.inputs.values(), *node.after) if source in self.told]
 
 
 def send_logs() -> None:

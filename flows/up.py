@@ -7,6 +7,7 @@ Writes  <store>/.prefect/{server,worker}.{json,log}   the processes and what the
 
 import fcntl
 import json
+import logging
 import socket
 import sys
 import time
@@ -18,9 +19,12 @@ import httpx
 
 import flows
 from flows import services
+from flows.database import check_database, without_database
 from flows.server import LOOPBACK, prefect_folder, server_command, wait_until_healthy
 from flows.settings import Settings, environment, export_settings, inherited_environment, prefect_environment
 from tasks.errors import SettingsError, WorkerError
+
+log = logging.getLogger(__name__)
 
 WORKER_SECONDS = 120.0  # until the server has heard of the worker: 6 s, on two busy cores 20
 DOWN_SECONDS = 30.0
@@ -32,7 +36,7 @@ EVERY_ADDRESS = ("0.0.0.0", "::")  # noqa: S104 (asked for by the user, who then
 # A run that waits its turn holds a lease. In memory, the default, leases are lost with the server, and Prefect ends every run.
 SERVER_ENVIRONMENT = {"PREFECT_SERVER_CONCURRENCY_LEASE_STORAGE": "prefect.server.concurrency.lease_storage.filesystem"}
 
-# The environment of the worker, and so of every run that it starts.
+# What a worker and its runs are told beside what the user has set.
 WORKER_ENVIRONMENT = {
     "PREFECT_FLOWS_HEARTBEAT_FREQUENCY": "30",  # seconds; the least that Prefect takes. deployments/automations.yaml waits for 3
     "PREFECT_WORKER_QUERY_SECONDS": "2",  # a run that is due starts so soon
@@ -95,7 +99,9 @@ def _start_server(settings: Settings, folder: Path, host: str, port: int) -> ser
         )
     _check_port(host, port)
     url = f"http://{LOOPBACK if host in EVERY_ADDRESS else host}:{port}/api"
+    database = check_database(inherited_environment())
     with environment(prefect_environment(settings, url, verbose=False) | SERVER_ENVIRONMENT):
+        log.info("prefect server at %s on %s", url, database)
         command = server_command(host, port)
         server = services.start(folder, "server", command, inherited_environment(), url)
         try:
@@ -121,7 +127,7 @@ def _start_worker(folder: Path, url: str, root: Path) -> None:
     from flows import registration
 
     command = [sys.executable, "-m", "prefect", "worker", "start", "--pool", registration.POOL, "--type", "process"]
-    environment = {**inherited_environment(), **WORKER_ENVIRONMENT, "PWD": str(root)}
+    environment = worker_environment(root)
     known = registration.num_workers_online()
     worker = services.start(folder, "worker", command, environment, url)
     deadline = time.monotonic() + WORKER_SECONDS
@@ -130,6 +136,11 @@ def _start_worker(folder: Path, url: str, root: Path) -> None:
             services.stop(folder, "worker", DOWN_SECONDS)
             raise WorkerError(f"prefect worker: the server has not heard of it; read {folder / 'worker.log'}")
         time.sleep(0.5)
+
+
+def worker_environment(root: Path) -> dict[str, str]:
+    """The environment of a worker, and so of every run that it starts; ``root`` is the folder that they run in."""
+    return {**without_database(inherited_environment()), **WORKER_ENVIRONMENT, "PWD": str(root)}
 
 
 @contextmanager

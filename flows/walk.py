@@ -38,7 +38,8 @@ def side_by_side(
     ``done`` is told each node with its result. The first that fails fails the walk, once those that had begun have ended.
     """
     waiting, running = list(nodes), dict[Any, Node]()
-    finished: set[str] = set()
+    # What is not walked was built before, on another pool.
+    finished = {name for node in nodes for name in (*node.inputs.values(), *node.after)} - {node.name for node in nodes}
     failure: BaseException | None = None
     with _stopping():
         while running or (waiting and not failure):

@@ -1,4 +1,4 @@
-"""Operate Prefect: up, down, deploy, ui."""
+"""Operate Prefect: up, down, deploy, worker, ui."""
 
 from typing import Annotated
 
@@ -38,7 +38,10 @@ def down(store: StoreOption = None) -> None:
 
 
 @commands.command()
-def deploy(store: StoreOption = None) -> None:
+def deploy(
+    pools: Annotated[bool, typer.Option("--pools", help="the pools cpu and gpu too, and pools-flow over both")] = False,
+    store: StoreOption = None,
+) -> None:
     """Deploy every flow, with the work pool and the automations, to the server that PREFECT_API_URL or `up` names."""
     from flows.server import prefect_server
     from flows.up import project_root
@@ -47,7 +50,23 @@ def deploy(store: StoreOption = None) -> None:
         from flows.registration import register
 
         register(project_root())
+        if pools:
+            from flows.pooled import register_pools
+
+            out.print(f"work pools: {', '.join(register_pools(project_root()))}", soft_wrap=True)
         out.print(f"deployed to {url}", soft_wrap=True)
+
+
+@commands.command()
+def worker(
+    pool: Annotated[str, typer.Argument(help="the work pool: cpu, gpu, or another that something is deployed to")],
+    limit: Annotated[int, typer.Option(help="runs at a time; one that trains takes all the cores or GPUs it finds", min=1)] = 1,
+    store: StoreOption = None,
+) -> None:
+    """Work for a pool of the server that PREFECT_API_URL names, until Ctrl-C."""
+    from flows.pooled import become_worker
+
+    become_worker(load_settings(store=store), pool, limit)
 
 
 @commands.command()

@@ -5,9 +5,9 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,7 @@ class Operated:
 
     folder: Path
     port: int
+    extra: Mapping[str, str] = field(default_factory=dict)  # of the environment
 
     @property
     def store(self) -> Path:
@@ -45,6 +46,7 @@ class Operated:
             "HOME": str(self.folder / "home"),
             "HF_TOKEN": SECRET,
             **{f"SEQMILL_{name}": value for name, value in chosen.items()},
+            **self.extra,
         }
 
     def run(self, *command: str) -> str:
@@ -101,10 +103,10 @@ class Operated:
 
     def processes(self, words: str = "") -> list[int]:
         """Processes that work for this store, and have ``words`` in their command line."""
-        found = []
+        found, mark = [], f"SEQMILL_STORE={self.environment['SEQMILL_STORE']}\0".encode()
         for entry in Path("/proc").iterdir():
             try:
-                is_ours = f"SEQMILL_STORE={self.store}\0".encode() in (entry / "environ").read_bytes()
+                is_ours = mark in (entry / "environ").read_bytes()
                 if entry.name.isdigit() and is_ours and words in (entry / "cmdline").read_bytes().decode().replace("\0", " "):
                     found.append(int(entry.name))
             except OSError:
@@ -123,7 +125,7 @@ def wait_for(happened: Callable[[], Any]) -> None:
 
 
 @contextmanager
-def operated(folder: Path) -> Iterator[Operated]:
+def operated(folder: Path, extra: Mapping[str, str] | None = None) -> Iterator[Operated]:
     """Bring a store up, and down at the end."""
     (folder / "home").mkdir()
     for name, data in {
@@ -134,7 +136,7 @@ def operated(folder: Path) -> Iterator[Operated]:
         (folder / name).write_bytes(data)
     recipe = RECIPE.format(origin=folder, corpus_sha256="").replace(", sha256: ", "")
     (folder / "small.yaml").write_text(recipe.replace("{train: {vocab_size: 320}}", f"{{source: {tokenizer(folder)}}}"))
-    up = Operated(folder, free_port())
+    up = Operated(folder, free_port(), extra or {})
     up.up()
     try:
         yield up

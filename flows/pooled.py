@@ -1,0 +1,46 @@
+"""Several work pools on one server: their deployments, and a worker of one of them on this machine.
+
+Reads   deployments/pools.yaml
+"""
+
+import os
+import sys
+from pathlib import Path
+
+import yaml
+
+from flows.server import prefect_folder
+from flows.services import running
+from flows.settings import Settings, environment, export_settings, prefect_api_url, prefect_environment
+from flows.up import project_root, worker_environment
+from tasks.errors import SettingsError
+
+
+def register_pools(root: Path) -> list[str]:
+    """Tell the server the work pools of deployments/pools.yaml, and what is deployed to them; the pools' names."""
+    from flows.registration import deploy, make_pool
+
+    path = root / "deployments" / "pools.yaml"
+    names = sorted({entry["work_pool"]["name"] for entry in yaml.safe_load(path.read_text())["deployments"]})
+    for name in names:
+        make_pool(name)
+    deploy(path, root)
+    return names
+
+
+def become_worker(settings: Settings, pool: str, limit: int) -> None:
+    """Replace this process by a worker of ``pool``, which takes at most ``limit`` runs at a time.
+
+    The server is the one that PREFECT_API_URL names, or the store's own. Raises SettingsError where there is neither.
+    """
+    staying = running(prefect_folder(settings), "server")
+    url = prefect_api_url() or (staying and staying.url)
+    if not url:
+        raise SettingsError("PREFECT_API_URL: not set, and no server of this store is up; name the server, or call seqmill up")
+    root = project_root()
+    settings.store_root.mkdir(parents=True, exist_ok=True)
+    export_settings(settings)
+    command = [sys.executable, "-m", "prefect", "worker", "start", "--pool", pool, "--type", "process", "--limit", str(limit)]
+    os.chdir(root)
+    with environment(prefect_environment(settings, url, verbose=False)):
+        os.execve(sys.executable, command, worker_environment(root))  # noqa: S606 (a list, and no shell)
