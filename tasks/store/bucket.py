@@ -9,6 +9,7 @@ connection, a read that stalls) is tried again, by obstore within its own limits
 import hashlib
 import logging
 import os
+import re
 import threading
 import time
 from collections import deque
@@ -247,8 +248,8 @@ def connect(url: str, endpoint: str | None, patience: Patience) -> "ObjectStore"
 
 
 def _in_one_line(error: Exception) -> str:
-    """What an error says, without the server's XML, which may hold the name of a credential."""
-    text = str(error).split("Debug source")[0].split("<")[0]
+    """What an error says, without the server's XML, which may hold the name of a credential, and without the long address."""
+    text = re.sub(r"https?://\S+ ?", "", str(error).split("Debug source")[0].split("<")[0])
     return " ".join(text.split())[:300].rstrip(" :,") or type(error).__name__
 
 
