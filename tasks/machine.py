@@ -48,10 +48,29 @@ class ShardRunner(Protocol):
     def __call__(self, function: Callable[[Any], Any], items: Sequence[Any], label: str) -> list[Any]: ...
 
 
+class Groups(Protocol):
+    """Where groups of shards run, when that is not this machine: see tasks.cluster."""
+
+    def run(self, function: Callable[[Any], Any], items: Sequence[Any], label: str, advance: Advance) -> list[Any]:
+        """Apply a function to every item and return the results in the items' order; ``advance`` is told the items done."""
+
+
 @contextmanager
 def quiet(label: str, total: int | None, unit: str) -> Iterator[Advance]:
     """The progress bar that shows nothing."""
     yield lambda amount: None
+
+
+@dataclass(frozen=True)
+class Nodes:
+    """The machines that train together; the one with the number 0 leads, the others join it."""
+
+    least: int  # with fewer, no training begins
+    most: int
+    host: str  # of the one that leads, as the others reach it
+    port: int
+    wait_seconds: float = 600.0  # for the least number of nodes, and for the node that leads
+    settle_seconds: float = 15.0  # from the least number on, for the others
 
 
 @dataclass(frozen=True)
@@ -69,6 +88,8 @@ class TrainingSettings:
     # From SIGTERM on, for the step under way, its checkpoint and the ranks' end. Who asked mostly waits for less: Slurm,
     # Kubernetes and Prefect for 30 s, and torchrun too, where the signal went to the whole process group.
     stop_seconds: float = 600
+    nodes: Nodes | None = None  # None: this machine trains alone, or with the hosts of a hostfile
+    checkpoints: Path | None = None  # a folder that all nodes see; None: the store's staging
     num_slots: int = 1  # so many stages that train or evaluate may run at the same time, each on its share of the cores
 
 
@@ -83,6 +104,7 @@ class Machine:
     training: TrainingSettings = field(default_factory=TrainingSettings)
     progress: Progress = quiet
     runner: ShardRunner | None = None
+    cluster: Groups | None = None  # None: this machine's own pool
     on_metrics: Callable[[dict[str, Any]], None] | None = None
     recipe: str | None = None  # who asks for the work, by its name: manifests tell it
 
@@ -98,9 +120,13 @@ class Machine:
     ) -> list[Any]:
         """Apply ``function`` to every item in the pool of ``num_workers``, which is started once; one worker is this thread.
 
+        Where there is a cluster, it is the pool.
+
         ``advance`` is told 1 as each item is done. The first item that fails fails the call: what had not begun is dropped, and
         what had begun ends before the call does, so that nothing writes behind the back of who calls again.
         """
+        if self.cluster:
+            return self.cluster.run(function, items, label, advance)
         results = []
         if self.num_workers == 1:
             for item in items:
@@ -126,6 +152,8 @@ class Machine:
     @property
     def has_processes(self) -> bool:
         """Whether the pool's workers are processes, not threads of this one."""
+        if self.cluster:
+            return True
         return self.num_workers > 1 and (self.num_workers > MOST_THREADS if self.pool is None else self.pool == "processes")
 
 

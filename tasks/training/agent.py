@@ -1,4 +1,4 @@
-"""Start the ranks of one worker: `python -m tasks.training.agent PARENT THREADS MODULE [ARGUMENT ...]`.
+"""Start the ranks of one worker: `python -m tasks.training.agent PARENT THREADS [NAME=VALUE ...] MODULE [ARGUMENT ...]`.
 
 Runs MODULE (torch's or DeepSpeed's launcher, or a worker itself) in this process, after tying this process's life to
 PARENT's: the ranks tie theirs to this one, so that nothing outlives a launcher that was killed.
@@ -27,9 +27,14 @@ DEFAULTS = {
 
 def main() -> None:
     """Prepare the environment, then become MODULE."""
-    parent, threads, module, *arguments = sys.argv[1:]
+    parent, threads, *arguments = sys.argv[1:]
     die_with_parent(int(parent))
-    for name, value in DEFAULTS.items():
+    defaults = dict(DEFAULTS)
+    while "=" in arguments[0]:
+        name, _, value = arguments.pop(0).partition("=")
+        defaults[name] = value
+    module = arguments.pop(0)
+    for name, value in defaults.items():
         os.environ.setdefault(name, value)
     os.environ["OMP_NUM_THREADS"] = threads
     os.environ["SEQMILL_AGENT"] = str(os.getpid())

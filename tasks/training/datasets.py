@@ -11,31 +11,21 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-import datasets
 import numpy as np
-import pyarrow as pa
 import torch
 from torch.utils.data import DataLoader, Sampler
 
-from tasks.errors import CorpusError
 from tasks.schemas import IGNORED_LABEL
 from tasks.training.adapters.virtual import one_example_a_row
 from tasks.training.order import RowOrder, Share
+from tasks.training.rows import Rows
 
 Batch = dict[str, torch.Tensor]
 
 
-def open_rows(files: Sequence[str]) -> datasets.Dataset:
-    """The rows of Arrow streams one after the other; nothing is read until a row is asked for."""
-    parts = []
-    for name in files:
-        try:
-            parts.append(datasets.Dataset.from_file(name))
-        except (OSError, pa.ArrowInvalid) as error:
-            raise CorpusError(f"{name}: cannot be read as an Arrow stream ({error}); verify the store") from error
-    whole = [part for part in parts if len(part)]
-    rows = datasets.concatenate_datasets(whole) if whole else parts[0]
-    return rows.with_format("numpy")
+def open_rows(files: Sequence[str]) -> Rows:
+    """The rows of Arrow streams one after the other."""
+    return Rows(files)
 
 
 def collate(rows: list[dict[str, np.ndarray]], boundary_id: int | None = None, alone: bool = False) -> Batch:
@@ -65,7 +55,7 @@ def restarting_positions(ids_BT: np.ndarray, boundary_id: int) -> np.ndarray:
 class OrderedRows(torch.utils.data.Dataset[Any]):
     """The training rows by position in the data order."""
 
-    def __init__(self, rows: datasets.Dataset, order: RowOrder, num_positions: int) -> None:
+    def __init__(self, rows: Rows, order: RowOrder, num_positions: int) -> None:
         self.rows, self.order, self.num_positions = rows, order, num_positions
 
     def __len__(self) -> int:
@@ -101,9 +91,13 @@ def training_loader(
     *,
     boundary_id: int | None = None,
     alone: bool = False,
+    rows: Rows | None = None,
 ) -> "DataLoader[dict[str, Any]]":
-    """The training rows of one rank, in order, from ``first_step`` on; ``boundary_id`` and ``alone`` as in ``collate``."""
-    rows = open_rows(files)
+    """The training rows of one rank, in order, from ``first_step`` on; ``boundary_id`` and ``alone`` as in ``collate``.
+
+    rows: those of ``files``, where they are opened.
+    """
+    rows = rows or open_rows(files)
     dataset = OrderedRows(rows, RowOrder(len(rows), seed), num_steps * share.global_batch_size)
     return DataLoader(
         dataset,

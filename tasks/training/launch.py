@@ -13,8 +13,9 @@ import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from tasks.errors import SeqmillError, StoppedError, WorkerError
 from tasks.machine import TrainingSettings
 from tasks.training.agent import free_port
 from tasks.training.lines import FAILURE_PREFIX, METRICS_PREFIX, STOPPED_PREFIX, level_of
+from tasks.training.party import Party
 
 log = logging.getLogger(__name__)
 
@@ -48,21 +50,29 @@ def run_worker(
     on_metrics: OnMetrics | None = None,
     label: str = "training",
     stop_path: Path | None = None,
+    party: Party | None = None,
 ) -> None:
     """Run ``python -m module plan_path`` on every rank to its end.
 
     The ranks stay in this process's care: an exception here, or this process's death, takes them down. ``module`` ends
     with ``run_rank``. A rank that fails with an error of tasks.errors fails here with the same; any other failure is a
     WorkerError. stop_path: the file by which SIGTERM to this process asks the ranks to save and end; StoppedError then.
+    party: the nodes whose ranks take part; NodeLostError where one of them is lost, or leaves.
     """
-    command = [sys.executable, "-m", "tasks.training.agent", str(os.getpid()), str(settings.threads_per_rank)]
-    command += launcher_command(module, plan_path, num_ranks, settings)
+    if party:
+        launch = party.start(plan_path)
+        command = agent_command(launch.command(module, plan_path), settings, launch.environment())
+    else:
+        command = agent_command(launcher_command(module, plan_path, num_ranks, settings), settings)
     listener = _Listener(label, on_metrics)
     log.debug("%s: starting %s", label, " ".join(command))
     process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
     try:
-        with stop_on_sigterm(stop_path, settings.stop_seconds) as is_overdue:
-            for line in _lines(process, is_overdue):
+        with stop_on_sigterm(stop_path) as asked:
+            is_overdue = partial(_is_overdue, asked, settings.stop_seconds)
+            local = partial(ranks_lines, process, is_overdue)
+            assert stop_path or not party
+            for line in party.lines(process, local, stop_path) if party and stop_path else local():
                 listener.hear(line)
             if is_overdue() and process.poll() is None:
                 process.kill()  # it was asked; the ranks die with it: see tasks.machine.die_with_parent
@@ -73,6 +83,11 @@ def run_worker(
         code = process.wait()
     finally:
         stop(process)
+        if party:
+            party.end()
+    if party:
+        party.judge(label, listener.stopped_step, is_asked=bool(asked))
+        code = code or party.code
     if listener.stopped_step is not None:
         raise StoppedError(f"{label}: stopped after step {listener.stopped_step}, whose checkpoint is kept; run again to go on")
     if code != 0:
@@ -91,8 +106,8 @@ def stop_all() -> int:
 
 
 @contextmanager
-def stop_on_sigterm(stop_path: Path | None, seconds: float) -> Iterator[Callable[[], bool]]:
-    """While it lasts, SIGTERM writes ``stop_path``; yields what says whether so many seconds have passed since.
+def stop_on_sigterm(stop_path: Path | None) -> Iterator[list[float]]:
+    """While it lasts, SIGTERM writes ``stop_path``; yields the times, by the monotonic clock, at which that was asked.
 
     Signals are heard by the main thread alone: in another it is ``stop_all`` that asks, or a signal to the ranks themselves.
     """
@@ -103,23 +118,30 @@ def stop_on_sigterm(stop_path: Path | None, seconds: float) -> Iterator[Callable
         asked.append(time.monotonic())
         stop_path.touch()
 
-    def is_overdue() -> bool:
-        return bool(asked) and time.monotonic() - asked[0] > seconds
-
     if stop_path is None:
-        yield lambda: False
+        yield asked
     elif threading.current_thread() is not threading.main_thread():
         _askers.append(ask)
         try:
-            yield is_overdue
+            yield asked
         finally:
             _askers.remove(ask)
     else:
         before = signal.signal(signal.SIGTERM, ask)
         try:
-            yield is_overdue
+            yield asked
         finally:
             signal.signal(signal.SIGTERM, before)
+
+
+def _is_overdue(asked: list[float], seconds: float) -> bool:
+    return bool(asked) and time.monotonic() - asked[0] > seconds
+
+
+def agent_command(launcher: Sequence[str], settings: TrainingSettings, environment: Sequence[str] = ()) -> list[str]:
+    """The process that this one is to start: the agent, which becomes the launcher."""
+    threads = str(settings.threads_per_rank)
+    return [sys.executable, "-m", "tasks.training.agent", str(os.getpid()), threads, *environment, *launcher]
 
 
 def launcher_command(module: str, plan_path: Path, num_ranks: int, settings: TrainingSettings) -> list[str]:
@@ -146,7 +168,7 @@ def stop(process: "subprocess.Popen[bytes]") -> None:
     process.stdout.close()
 
 
-def _lines(process: "subprocess.Popen[bytes]", is_overdue: Callable[[], bool]) -> Iterator[str]:
+def ranks_lines(process: "subprocess.Popen[bytes]", is_overdue: Callable[[], bool]) -> Iterator[str]:
     """Every line of the ranks, until the launcher has ended and nothing more comes, or it is overdue."""
     assert process.stdout
     descriptor, pending = process.stdout.fileno(), b""

@@ -2,7 +2,7 @@
 
 import os
 import re
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +10,7 @@ import orjson
 
 from tasks.errors import SettingsError
 from tasks.machine import TrainingSettings
+from tasks.training.nodes import share_out
 from tasks.training.room import gpu_bytes
 
 HOST_SLOTS = re.compile(r"^\s*[^#\s]\S*\s+slots\s*=\s*(\d+)")
@@ -49,6 +50,8 @@ class TrainingPlan:
     boundary_id: int | None = None  # closes the documents that are not to see each other
     adapter: dict[str, Any] | None = None  # what is added to a frozen base: "method", "fields", ...
     generation: dict[str, Any] = field(default_factory=dict)  # fields of generation_config.json
+    train_counts: list[int] = field(default_factory=list)  # the rows of each of train_files
+    is_arriving: bool = False  # train_files come here while the ranks train: see tasks.training.arrivals
 
     def write(self, path: Path) -> None:
         path.write_bytes(orjson.dumps(asdict(self), option=orjson.OPT_INDENT_2))
@@ -77,7 +80,13 @@ def derive_batch(global_batch_size: int, settings: TrainingSettings, most_rows: 
 
 
 def derive_num_ranks(global_batch_size: int, settings: TrainingSettings) -> int:
-    """The ranks asked for, else those of the hostfile, else one a GPU, else the most cores that divide the batch."""
+    """The ranks asked for, else those of the hostfile, else one a GPU, else the most cores that divide the batch.
+
+    Of several nodes: those of as many nodes like this one as are at least to be there.
+    """
+    if settings.nodes:
+        slots = derive_num_ranks(global_batch_size, replace(settings, nodes=None))
+        return sum(share_out([slots] * settings.nodes.least, global_batch_size))
     if settings.num_ranks is not None:
         if settings.num_ranks < 1:
             raise SettingsError(f"training.num_ranks: {settings.num_ranks}; give 1 or more")

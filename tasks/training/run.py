@@ -27,8 +27,10 @@ from tasks.training.model import read_config
 from tasks.training.monitors import FOLDER as MONITORING
 from tasks.training.monitors import Run, watched
 from tasks.training.optimization import OptimizationSpec
+from tasks.training.party import Party
 from tasks.training.plan import TrainingPlan
 from tasks.training.references import Reference, row_references
+from tasks.training.together import checkpoint_root, on_nodes
 
 log = logging.getLogger(__name__)
 
@@ -85,7 +87,14 @@ class Outcome:
 
 
 def train(work: Work, spec: OptimizationSpec, kind: str, rows: Rows, start: Start) -> Outcome:
-    """Train ``kind`` to its last step, from the newest whole checkpoint where there is one; the model lands in staging."""
+    """Train ``kind`` to its last step, from the newest whole checkpoint where there is one; the model lands in staging.
+
+    On several nodes where the settings say so; after the loss of one again, on those that are left.
+    """
+    return on_nodes(work, kind, spec.global_batch_size, lambda work, party: _train(work, spec, kind, rows, start, party=party))
+
+
+def _train(work: Work, spec: OptimizationSpec, kind: str, rows: Rows, start: Start, *, party: Party | None) -> Outcome:
     plan = make_plan(work, spec, kind, rows, start)
     checkpoint = Path(plan.resume_from) if plan.resume_from else None
     step = step_of(checkpoint) if checkpoint else 0
@@ -112,6 +121,7 @@ def train(work: Work, spec: OptimizationSpec, kind: str, rows: Rows, start: Star
             on_metrics=heard,
             label=kind,
             stop_path=Path(plan.stop_path),
+            party=party,
         )
     outcome = _outcome(plan, metrics, step)
     log.info(
@@ -134,7 +144,8 @@ def _listeners(work: Work, kind: str, num_steps: int) -> list[Callable[[dict[str
 def make_plan(work: Work, spec: OptimizationSpec, kind: str, rows: Rows, start: Start) -> TrainingPlan:
     """All that the ranks are told; everything that can be wrong without starting them is found here."""
     settings = work.machine.training
-    num_train_rows = sum(count_rows(path) for path in rows.train_files)
+    train_counts = [count_rows(path) for path in rows.train_files]
+    num_train_rows = sum(train_counts)
     if num_train_rows == 0:
         raise RecipeError(f"{kind}: no row of {rows.block_size} ids to train on; give more text or lower block_size")
     validation = [path for path in rows.validation_files if count_rows(path)]
@@ -143,7 +154,7 @@ def make_plan(work: Work, spec: OptimizationSpec, kind: str, rows: Rows, start: 
     choice = choice_of(spec, kind, rows.block_size, start, settings)
     deepspeed, batch = choice.deepspeed, choice.batch
     facts = {"data": rows.content, "spec": spec.identity(), "num_ranks": batch.num_ranks, "zero_stage": zero_stage(deepspeed)}
-    checkpoints = work.scratch / "checkpoints"
+    checkpoints = checkpoint_root(work)
     resume = newest_checkpoint(checkpoints, facts)
     return TrainingPlan(
         label=kind,
@@ -167,6 +178,7 @@ def make_plan(work: Work, spec: OptimizationSpec, kind: str, rows: Rows, start: 
         boundary_id=rows.boundary_id,
         adapter=start.adapter,
         generation=start.generation,
+        train_counts=train_counts,
     )
 
 

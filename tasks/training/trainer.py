@@ -21,6 +21,7 @@ from tasks.training.loss import summed_loss
 from tasks.training.meter import Meter
 from tasks.training.order import RowOrder, Share, dropout_seed
 from tasks.training.rank import StopRequest, report_metrics
+from tasks.training.rows import Rows
 from tasks.training.saving import PROGRESS, TRAINER_STATE, CheckpointWriter, Ranks
 from tasks.training.state import base_optimizer, restore, snapshot
 from tasks.training.watch import Halt, LossWatch
@@ -31,10 +32,11 @@ log = logging.getLogger(__name__)
 class SteppedTrainer(Trainer):
     """A Trainer whose rows, dropout and checkpoints depend on nothing but the plan and the step."""
 
-    def __init__(self, plan: dict[str, Any], share: Share, num_rows: int, stop: StopRequest, **options: Any) -> None:
+    def __init__(self, plan: dict[str, Any], share: Share, rows: Rows, stop: StopRequest, **options: Any) -> None:
         self.plan = plan
         self.share = share
-        self.num_rows = num_rows
+        self.rows = rows
+        self.num_rows = num_rows = len(rows)
         self.stop = stop
         self.ranks = Ranks()
         self.writer = CheckpointWriter(Path(plan["checkpoint_dir"]), plan["facts"], self.ranks)
@@ -64,6 +66,7 @@ class SteppedTrainer(Trainer):
             plan["num_steps"],
             boundary_id=plan["boundary_id"],
             alone=self.has_virtual_tokens,
+            rows=self.rows,
         )
 
     def _save_checkpoint(self, *_: Any, **__: Any) -> None:

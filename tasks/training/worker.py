@@ -17,12 +17,12 @@ from transformers import TrainingArguments
 
 from tasks.store import write_atomically
 from tasks.training.checkpoints import step_of
-from tasks.training.datasets import open_rows
 from tasks.training.deepspeed import zero_stage
 from tasks.training.lines import stopped_line
 from tasks.training.loss import add_head_loss
 from tasks.training.order import Share
 from tasks.training.rank import StopRequest, num_ranks, rank, run_rank, speak
+from tasks.training.rows import Rows
 from tasks.training.trainer import SteppedTrainer
 from tasks.training.weights import compile_layers, prepared_model
 
@@ -44,8 +44,8 @@ def train(plan: dict[str, Any], stop: StopRequest | None = None) -> None:
     if plan["optimization"]["compiled"]:
         compile_layers(model)
     share = Share(rank(), num_ranks(), plan["batch"]["micro_batch_size"], plan["batch"]["accumulation"])
-    num_rows = len(open_rows(plan["train_files"]))
-    trainer = SteppedTrainer(plan, share, num_rows, stop, model=model, args=arguments)
+    rows = Rows(plan["train_files"], plan["train_counts"] or None, is_arriving=plan["is_arriving"])
+    trainer = SteppedTrainer(plan, share, rows, stop, model=model, args=arguments)
     if resume := plan["resume_from"]:
         trainer.start_at(step_of(Path(resume)))
     trainer.train(resume_from_checkpoint=resume)

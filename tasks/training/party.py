@@ -1,0 +1,155 @@
+"""The ranks of one training on several nodes: started, heard, and taken down together.
+
+Every node runs a launcher of its own over its ranks. A node that is lost, or that leaves, ends the party with
+NodeLostError; who trains musters another, which goes on from the newest whole checkpoint.
+"""
+
+import contextlib
+import logging
+import queue
+import subprocess
+import threading
+import time
+import uuid
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+
+import orjson
+
+from tasks.errors import WorkerError
+from tasks.training.agent import free_port
+from tasks.training.crew import Crew, Member
+from tasks.training.nodes import Launch, portable
+from tasks.training.wire import SILENT_SECONDS, Message
+
+log = logging.getLogger(__name__)
+
+ENDING_SECONDS = SILENT_SECONDS + 10  # in which a node has ended its ranks, or is known to be gone
+EXIT_SECONDS = 5.0  # between a launcher's last line and its end
+SEEN = ".seen-"
+
+
+class NodeLostError(WorkerError):
+    """A node of the party is gone; those that are left can go on."""
+
+
+class Party:
+    """The nodes of one try and their ranks: ``shares``, this node's (None) first, which has rank 0."""
+
+    def __init__(self, crew: Crew, shares: Mapping[Member | None, int], roots: Mapping[str, Path], launcher: str) -> None:
+        self.crew, self.roots, self.launcher = crew, roots, launcher
+        self.ranks = list(shares.values())
+        self.members = [member for member in shares if member]
+        self.number = crew.number
+        self.is_here = True  # this node's launcher has not ended
+        self.running: set[Member] = set()
+        self.lost: list[Member] = []
+        self.going: list[Member] = []
+        self.code = 0  # of the first member's launcher that failed
+
+    def start(self, plan_path: Path) -> Launch:
+        """Tell the members to start their ranks; returns what this node is to start."""
+        plan = orjson.loads(plan_path.read_bytes())
+        host, port = self.members[0].wire.own_address, free_port()
+        launches = [Launch(node, self.ranks, host, port, self.launcher) for node in range(len(self.ranks))]
+        told = portable({"plan": plan, "seen": str(_leave_sign(Path(plan["checkpoint_dir"])))}, self.roots)
+        for member, launch in zip(self.members, launches[1:], strict=True):
+            self.running.add(member)
+            member.wire.send({"say": "run", "party": self.number, "launch": launch, **told})
+        return launches[0]
+
+    def lines(self, process: "subprocess.Popen[bytes]", local: Callable[[], Iterator[str]], stop_path: Path) -> Iterator[str]:
+        """Every line of all ranks, until all nodes' launchers have ended or one is lost.
+
+        process: this node's launcher; local: its lines, to its end. stop_path: see tasks.training.launch.
+        """
+        threading.Thread(target=self._pump, args=(local,), name="ranks", daemon=True).start()
+        for member, message in self._events():
+            if message["say"] == "line":
+                yield message["text"]
+            elif message["say"] == "going":
+                assert member
+                log.info("node %s was told to end; a checkpoint is written first", member)
+                self.going.append(member)
+                stop_path.touch()
+            else:
+                self._note_end(member, message)
+                self.code = self.code or int(message.get("code", 0))
+                if self.lost or self.code:
+                    process.kill()  # at once: its ranks wait for peers that are gone; they die with it
+                if not self.is_here and self._has_failed(process):
+                    return  # ``end`` sees to the members
+
+    def end(self) -> None:
+        """Take the members' ranks down, and drop a member that does not answer."""
+        self.is_here = False
+        self._tell_to_stop()
+        for member, message in self._events():
+            if message["say"] in ("ended", "gone"):
+                self._note_end(member, message)
+        for member in tuple(self.running):
+            log.warning("node %s does not answer; it is dropped", member)
+            member.wire.close()
+            self._note_end(member, {"say": "gone"})
+
+    def judge(self, label: str, stopped_step: int | None, *, is_asked: bool) -> None:
+        """Raise NodeLostError where others can go on in place of those that are gone. is_asked: this node is to stop too."""
+        if is_asked and stopped_step is not None:
+            return
+        if self.lost:
+            raise NodeLostError(f"{label}: node {', '.join(map(str, self.lost))} is gone")
+        if self.going and stopped_step is not None:
+            raise NodeLostError(f"{label}: node {', '.join(map(str, self.going))} leaves after step {stopped_step}")
+
+    def _events(self) -> Iterator[tuple[Member | None, Message]]:
+        """What this party's nodes say while one runs; ENDING_SECONDS after this node's ranks no longer."""
+        deadline: float | None = None
+        while self.is_here or self.running:
+            if deadline is None and not self.is_here:
+                deadline = time.monotonic() + ENDING_SECONDS
+            left = None if deadline is None else max(0.0, deadline - time.monotonic())
+            try:
+                member, message = self.crew.events.get(timeout=left)
+            except queue.Empty:
+                return
+            message = message or {"say": "gone"}
+            is_known = member in self.running if member else self.is_here
+            if is_known and message.get("party", self.number) == self.number:
+                yield member, message
+
+    def _note_end(self, member: Member | None, message: Message) -> None:
+        if member is None:
+            self.is_here = False
+            return
+        self.running.discard(member)
+        if message["say"] == "gone":
+            self.lost.append(member)
+
+    def _has_failed(self, process: "subprocess.Popen[bytes]") -> bool:
+        """Whether this node's launcher, which says nothing any more, has ended with an error, or is overdue and goes on."""
+        try:
+            return process.wait(EXIT_SECONDS) != 0
+        except subprocess.TimeoutExpired:
+            return True
+
+    def _tell_to_stop(self) -> None:
+        for member in self.running:
+            member.wire.send({"say": "stop"})
+
+    def _pump(self, local: Callable[[], Iterator[str]]) -> None:
+        try:
+            with contextlib.suppress(OSError, ValueError):  # closed, as an interrupt takes the ranks down
+                for text in local():
+                    self.crew.events.put((None, {"say": "line", "party": self.number, "text": text}))
+        finally:
+            self.crew.events.put((None, {"say": "ended", "party": self.number}))
+
+
+def _leave_sign(folder: Path) -> Path:
+    """A new file in the checkpoints' folder, by which a node sees that it is given the same folder."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for earlier in folder.glob(f"{SEEN}*"):
+        earlier.unlink()
+    sign = folder / f"{SEEN}{uuid.uuid4().hex}"
+    sign.touch()
+    return sign

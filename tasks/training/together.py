@@ -1,0 +1,72 @@
+"""Train on the nodes that are there: muster them, and go on without one that is lost.
+
+Writes  <checkpoints>/<kind>/<key>/   where the settings name a folder for them; swept once the artifact is in the store
+"""
+
+import logging
+import shutil
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import TypeVar
+
+from tasks.errors import SettingsError
+from tasks.machine import TrainingSettings
+from tasks.store import ArtifactStore, Digest, SharedStore, Work
+from tasks.training.crew import Crew, crew_of
+from tasks.training.nodes import CHECKPOINTS, STORE
+from tasks.training.party import NodeLostError, Party
+from tasks.training.plan import derive_num_ranks
+
+log = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+
+def on_nodes(work: Work, kind: str, global_batch_size: int, train: Callable[[Work, Party | None], T]) -> T:
+    """Call ``train`` with a machine that has as many ranks as all nodes of a party; again, with another, after a loss."""
+    settings = work.machine.training
+    if settings.nodes is None:
+        return train(work, None)
+    check_checkpoints(work.store, settings)
+    if settings.checkpoints:
+        sweep(settings.checkpoints, work.store)
+    slots = derive_num_ranks(global_batch_size, replace(settings, nodes=None))
+    crew = crew_of(settings.nodes)
+    with crew.turn():
+        while True:
+            party = _party(crew, work, kind, slots, global_batch_size)
+            own = replace(settings, nodes=None, num_ranks=sum(party.ranks))
+            try:
+                return train(replace(work, machine=replace(work.machine, training=own)), party if party.members else None)
+            except NodeLostError as error:
+                log.warning("%s; the others go on from the newest whole checkpoint", error)
+
+
+def _party(crew: Crew, work: Work, kind: str, slots: int, global_batch_size: int) -> Party:
+    checkpoints = work.machine.training.checkpoints
+    roots = {STORE: work.store.root, **({CHECKPOINTS: checkpoints} if checkpoints else {})}
+    return Party(crew, crew.muster(kind, slots, global_batch_size), roots, work.machine.training.launcher)
+
+
+def check_checkpoints(store: ArtifactStore, settings: TrainingSettings) -> None:
+    """Raise SettingsError where the nodes have no folder in common for their checkpoints, as with a bucket alone."""
+    if isinstance(store, SharedStore) and settings.checkpoints is None:
+        raise SettingsError(
+            f"checkpoints: not set, and the store {store.address} is no folder that all nodes see; name one that they mount in "
+            "SEQMILL_CHECKPOINTS"
+        )
+
+
+def checkpoint_root(work: Work) -> Path:
+    """The folder of one artifact's checkpoints."""
+    shared = work.machine.training.checkpoints
+    return shared / work.folder.parent.name / work.folder.name if shared else work.scratch / "checkpoints"
+
+
+def sweep(checkpoints: Path, store: ArtifactStore) -> None:
+    """Delete the checkpoints of what is in the store by now."""
+    for folder in checkpoints.glob("*/*"):
+        if len(folder.name) == 64 and store.load(folder.parent.name, Digest(folder.name)):
+            log.info("%s: the artifact is built; its checkpoints are deleted", folder)
+            shutil.rmtree(folder, ignore_errors=True)
