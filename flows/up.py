@@ -34,7 +34,10 @@ CANCEL_SECONDS = 60.0  # until the runs are told as cancelled: STOP_SECONDS, and
 EVERY_ADDRESS = ("0.0.0.0", "::")  # noqa: S104 (asked for by the user, who then has to set a password)
 
 # A run that waits its turn holds a lease. In memory, the default, leases are lost with the server, and Prefect ends every run.
-SERVER_ENVIRONMENT = {"PREFECT_SERVER_CONCURRENCY_LEASE_STORAGE": "prefect.server.concurrency.lease_storage.filesystem"}
+SERVER_ENVIRONMENT = {
+    "PREFECT_SERVER_CONCURRENCY_LEASE_STORAGE": "prefect.server.concurrency.lease_storage.filesystem",
+    "PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL": "WARNING",  # to server.log: a database that is away, a pool that is used up
+}
 
 # What a worker and its runs are told beside what the user has set.
 WORKER_ENVIRONMENT = {
