@@ -1,14 +1,17 @@
 """Whether the bytes that a recipe starts from are still those that were last seen.
 
 Reads   what identifies every source: a file's size and times and then its digest, a server's validator and size, a hub's commit
-Writes  <store>/.watch/<recipe>.json   what was last seen of each source
+Writes  <store>/.watch/<recipe>-<digest>.json   what was last seen of each source
 """
 
+import fcntl
 import json
 import logging
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from flows.dag import Node
 from tasks.corpus.archive import ArchiveSpec
@@ -81,6 +84,20 @@ def _seen(node: Node, before: Seen | None, store: ArtifactStore, machine: Machin
     key = digest_json(node.stage.identity(node.spec, {}, identity))
     artifact = node.stage(store, machine, node.spec) if before else store.find(node.kind, key)
     return Seen(identity, f"sha256:{artifact.stats['sha256']}" if artifact else None)
+
+
+@contextmanager
+def memory(root: Path, name: str, recipe: Path, overrides: Mapping[str, Any]) -> Iterator[Path]:
+    """The file that remembers what was seen of a recipe's sources; one look at a time has it.
+
+    Overrides, or another file whose recipe has the same name, can name other sources: theirs is another memory.
+    """
+    digest = digest_json({"recipe": str(recipe.absolute()), "overrides": json.dumps(overrides, sort_keys=True)})
+    path = root / ".watch" / f"{name}-{digest[:12]}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.with_suffix(".lock").open("a") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield path
 
 
 def last_seen(path: Path) -> dict[str, Seen]:

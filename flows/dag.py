@@ -106,11 +106,15 @@ def _evaluation_spec(recipe: Recipe) -> EvaluationSpec:
 
 
 def ending_with(nodes: tuple[Node, ...], ends: Iterable[str]) -> tuple[Node, ...]:
-    """The nodes of the named kinds (or names) and all that they stand on, in order. Raises RecipeError for a stranger."""
+    """The nodes of the given names and all that they stand on, in order. Raises RecipeError for a stranger.
+
+    "adapter" and "evaluation" name every one of their kind; "archive" is the corpus alone, not the conversations' archive.
+    """
     by_name = {node.name: node for node in nodes}
     wanted: set[str] = set()
     for end in ends:
-        named = [node.name for node in nodes if end in (node.name, node.kind)]
+        of_kind = [node.name for node in nodes if node.kind == end]
+        named = [name for name in of_kind if name.startswith(f"{end}_")] + [end] * (end in by_name) or of_kind
         if not named:
             raise RecipeError(f"{end}: the recipe has no such stage; it has {', '.join(by_name)}")
         wanted.update(named)

@@ -1,19 +1,30 @@
-"""What a run that a Prefect worker started does beside its work: it ends with the worker, and a stop is told as a stop."""
+"""What a run that a Prefect worker started does beside its work: it waits for its turn, it ends with the worker, and a stop is
+told as a stop."""
 
+import logging
 import os
 import signal
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from pathlib import Path
 
+import httpx
+from prefect.client.orchestration import get_client
+from prefect.client.schemas.objects import State, StateType
+from prefect.context import FlowRunContext
 from prefect.exceptions import TerminationSignal
 
 from flows.settings import is_started_by_worker, load_settings
+from flows.turn import turn
 from tasks.errors import StoppedError
+
+log = logging.getLogger(__name__)
 
 POLL_SECONDS = 1.0
 REPORT_SECONDS = 10.0  # for the engine to tell the server how the run ended
+AWAITING = "AwaitingTurn"
 
 
 @contextmanager
@@ -30,13 +41,48 @@ def under_worker() -> Iterator[None]:
         raise TerminationSignal(signal=signal.SIGTERM) from stopped
 
 
+def turn_of(recipe: str, root: Path) -> AbstractContextManager[None]:
+    """The turn of a recipe on the store at ``root``; nothing where no worker started this run: a person who did is not kept."""
+    context = FlowRunContext.get()
+    if not is_started_by_worker() or context is None or context.flow_run is None:
+        return nullcontext()
+    return turn(root, recipe, context.flow_run.name, _told_as_waiting)
+
+
+@contextmanager
+def _told_as_waiting(holder: str) -> Iterator[None]:
+    """While it lasts, the UI shows the run as waiting for another, and then as running again."""
+    _tell(State(type=StateType.RUNNING, name=AWAITING, message=f"waits for the recipe's run {holder!r} to end"))
+    yield
+    _tell(State(type=StateType.RUNNING, name="Running"))
+
+
+def _tell(state: State[None]) -> None:
+    context = FlowRunContext.get()
+    assert context
+    assert context.flow_run
+    try:
+        with get_client(sync_client=True) as client:
+            client.set_flow_run_state(context.flow_run.id, state, force=True)
+    except httpx.HTTPError as error:  # the turn is worth more than what is shown of it
+        log.warning("prefect: not told that this run is %s: %s", state.name, error)
+
+
 def _end_with(worker: int) -> None:
     """End this process when its worker is gone, by SIGTERM: ranks save a checkpoint, and the engine reports the run Crashed.
 
     Nobody could cancel it any more, and the next worker would start the run a second time beside it.
     """
-    while os.getppid() == worker:
+    while os.getppid() == worker and _is_of_prefect(worker):
         time.sleep(POLL_SECONDS)
     os.kill(os.getpid(), signal.SIGTERM)
     time.sleep(load_settings().stop_seconds + REPORT_SECONDS)
     os._exit(1)
+
+
+def _is_of_prefect(pid: int) -> bool:
+    """False for what takes a dead worker's children: it died while this process started, and was never its parent."""
+    try:
+        return b"prefect" in Path(f"/proc/{pid}/cmdline").read_bytes()
+    except OSError:  # no /proc, or another container's process
+        return True

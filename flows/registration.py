@@ -8,6 +8,7 @@ import sys
 import time
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import httpx
 import yaml
@@ -73,11 +74,23 @@ def _automations(client: SyncPrefectClient) -> list[dict[str, Any]]:
     return found
 
 
-def num_workers_online(pool: str = POOL) -> int:
-    """How many workers of the pool the server has heard of lately."""
+def workers_online(pool: str = POOL) -> set[str]:
+    """The names of the pool's workers that the server has heard of in the last 90 s."""
     with get_client(sync_client=True) as client:
-        workers = client.request("POST", f"/work_pools/{pool}/workers/filter", json={}).json()
-    return sum(worker["status"] == "ONLINE" for worker in workers)
+        return {worker["name"] for worker in _workers(client, pool) if worker["status"] == "ONLINE"}
+
+
+def forget_workers(prefix: str, pool: str = POOL) -> None:
+    """Tell the server that the workers whose names begin so are gone; it would take them for online for 90 s more."""
+    with get_client(sync_client=True) as client:
+        for worker in _workers(client, pool):
+            if worker["name"].startswith(f"{prefix}-"):
+                client.request("DELETE", f"/work_pools/{pool}/workers/{quote(worker['name'])}")
+
+
+def _workers(client: SyncPrefectClient, pool: str) -> list[dict[str, Any]]:
+    found: list[dict[str, Any]] = client.request("POST", f"/work_pools/{pool}/workers/filter", json={}).json()
+    return found
 
 
 def cancel_runs(seconds: float, pool: str = POOL) -> None:
@@ -94,7 +107,7 @@ def cancel_runs(seconds: float, pool: str = POOL) -> None:
 
 def crash_orphans(pool: str = POOL) -> None:
     """Mark runs Crashed that are told to be under way while the pool has no worker, as after a power cut."""
-    if num_workers_online(pool):
+    if workers_online(pool):
         return
     with get_client(sync_client=True) as client:
         for run in _runs_in(client, pool, UNDER_WAY):
@@ -127,13 +140,20 @@ def enter_profile(profiles_path: Path, url: str) -> str | None:
     return before if before != PROFILE else None
 
 
-def leave_profile(profiles_path: Path, before: str | None) -> None:
-    """Take the profile out again; where it is the active one, the one from before is."""
+def leave_profile(profiles_path: Path, before: str | None, url: str | None) -> None:
+    """Take the profile out again, and where it is the active one make that from before active.
+
+    It is left where it is another server's than that at ``url``: that of a store which went up later.
+    """
     with temporary_settings({PREFECT_PROFILES_PATH: profiles_path}):
         profiles = load_profiles()
-        if PROFILE not in profiles:
+        if PROFILE not in profiles or (url and _url_of(profiles[PROFILE]) != url):
             return
         if profiles.active_name == PROFILE:
             profiles.set_active(before if before in profiles else "ephemeral")
         profiles.remove_profile(PROFILE)
         save_profiles(profiles)
+
+
+def _url_of(profile: Profile) -> str | None:
+    return next((str(value) for setting, value in profile.settings.items() if setting.name == "PREFECT_API_URL"), None)

@@ -12,6 +12,7 @@ from prefect.logging.handlers import APILogWorker
 from flows.checks import check_ranks
 from flows.console import console_progress, console_reports
 from flows.dag import Node, ending_with, nodes_of
+from flows.deployed import turn_of
 from flows.legs import taken
 from flows.recipe import Recipe, load_recipe
 from flows.settings import load_settings
@@ -31,7 +32,9 @@ def run_recipe(name_or_path: str, overrides: Mapping[str, Any] | None, ends: Ite
     """
     recipe = load_recipe(name_or_path, overrides)
     ends = list(ends)
-    return run_nodes(recipe, ending_with(nodes_of(recipe), ends), ends, overrides)
+    nodes = ending_with(nodes_of(recipe), ends)
+    with turn_of(recipe.name, load_settings().store_root):
+        return run_nodes(recipe, nodes, ends, overrides)
 
 
 def run_nodes(

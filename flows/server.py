@@ -17,7 +17,7 @@ from pathlib import Path
 import httpx
 
 from flows.services import running
-from flows.settings import Settings, environment, inherited_environment, prefect_api_url, prefect_environment
+from flows.settings import LOOPBACK, Settings, environment, inherited_environment, prefect_api_url, prefect_environment
 from tasks.errors import WorkerError
 
 log = logging.getLogger(__name__)
@@ -25,7 +25,6 @@ log = logging.getLogger(__name__)
 # The first start makes the database: 17 s on two busy cores. Later ones take 3 s.
 START_SECONDS = 120.0
 STOP_SECONDS = 10.0
-LOOPBACK = "127.0.0.1"
 
 # The server ends with the command that started it, even by kill -9.
 _SERVER = """

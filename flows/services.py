@@ -37,11 +37,21 @@ class Service:
 
 def running(folder: Path, name: str) -> Service | None:
     """The service that a file in ``folder`` names, if its process is there still."""
+    service = _noted(folder, name)
+    return service if service and service.is_running else None
+
+
+def noted_url(folder: Path, name: str) -> str | None:
+    """The address that a service serves, or served before it died; None where none is noted."""
+    service = _noted(folder, name)
+    return service.url if service else None
+
+
+def _noted(folder: Path, name: str) -> Service | None:
     try:
-        service = Service(**json.loads((folder / f"{name}.json").read_text()))
+        return Service(**json.loads((folder / f"{name}.json").read_text()))
     except (OSError, ValueError, TypeError):
         return None
-    return service if service.is_running else None
 
 
 def start(folder: Path, name: str, command: list[str], environment: Mapping[str, str], url: str) -> Service:
@@ -63,7 +73,8 @@ def stop(folder: Path, name: str, seconds: float) -> Service | None:
     service = running(folder, name)
     if service:
         family = {service.pid: service.started, **_descendants(service.pid)}
-        os.kill(service.pid, signal.SIGTERM)
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(service.pid, signal.SIGTERM)
         if not _ended(family, seconds):
             for pid in _alive(family):
                 with contextlib.suppress(ProcessLookupError):

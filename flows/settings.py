@@ -27,6 +27,7 @@ from tasks.training.plan import num_cores
 ENV_PREFIX = "SEQMILL_"
 AUTO = "auto"  # the cheapest preset that fits
 
+LOOPBACK = "127.0.0.1"
 
 class Settings(BaseSettings):
     """What concerns this machine and can change no artifact's key."""
@@ -158,7 +159,14 @@ def export_settings(settings: Settings) -> None:
     """Put settings into the environment, where flows and what they start read them."""
     for name, value in settings.model_dump(exclude={"tokens"}).items():  # from the environment alone, where they are
         if value is not None:
-            os.environ[ENV_PREFIX + name.upper()] = str(value)
+            os.environ[ENV_PREFIX + name.upper()] = str(_from_anywhere(value))
+    if settings.deepspeed != AUTO:
+        os.environ[f"{ENV_PREFIX}DEEPSPEED"] = str(settings.deepspeed_path)
+
+
+def _from_anywhere(value: Any) -> Any:
+    """A path that means the same in another working folder: runs of a worker work in the clone."""
+    return value.expanduser().absolute() if isinstance(value, Path) else value
 
 
 def prefect_environment(settings: Settings, api_url: str | None, verbose: bool) -> dict[str, str]:
@@ -177,7 +185,7 @@ def prefect_environment(settings: Settings, api_url: str | None, verbose: bool) 
 
 def _past_the_proxy() -> dict[str, str]:
     """Our own server is on loopback: a proxy that the environment names cannot reach it."""
-    return {name: ",".join(filter(None, [os.environ.get(name), "127.0.0.1"])) for name in ("NO_PROXY", "no_proxy")}
+    return {name: ",".join(filter(None, [os.environ.get(name), LOOPBACK])) for name in ("NO_PROXY", "no_proxy")}
 
 
 @contextmanager
@@ -191,6 +199,9 @@ def environment(values: dict[str, str]) -> Iterator[None]:
         for name, value in before.items():
             os.environ.pop(name, None) if value is None else os.environ.update({name: value})
 
+    if api_url:  # a page of another origin, open in the user's browser, is not to start runs on loopback
+        port = urlsplit(api_url).port
+        environment["PREFECT_SERVER_CORS_ALLOWED_ORIGINS"] = f"http://{LOOPBACK}:{port},http://localhost:{port}"
 
 def prefect_api_url() -> str | None:
     """The Prefect server that the user has chosen, if any."""

@@ -8,6 +8,9 @@ Writes  <store>/.prefect/{server,worker}.{json,log}   the processes and what the
 import fcntl
 import json
 import logging
+import os
+import platform
+import secrets
 import socket
 import sys
 import time
@@ -20,9 +23,10 @@ import httpx
 import flows
 from flows import services
 from flows.database import check_database, without_database
-from flows.server import LOOPBACK, prefect_folder, server_command, wait_until_healthy
-from flows.settings import Settings, environment, export_settings, inherited_environment, prefect_environment
+from flows.server import prefect_folder, server_command, wait_until_healthy
+from flows.settings import LOOPBACK, Settings, environment, export_settings, inherited_environment, prefect_environment
 from tasks.errors import SettingsError, WorkerError
+from tasks.store import digest_bytes
 
 log = logging.getLogger(__name__)
 
@@ -31,9 +35,8 @@ DOWN_SECONDS = 30.0
 STOP_SECONDS = 12.0  # a cancelled run's ranks are gone within 15 s
 CANCEL_SECONDS = 60.0  # until the runs are told as cancelled: STOP_SECONDS, and 10 s that Prefect's worker takes to say so
 
-EVERY_ADDRESS = ("0.0.0.0", "::")  # noqa: S104 (asked for by the user, who then has to set a password)
-
-# A run that waits its turn holds a lease. In memory, the default, leases are lost with the server, and Prefect ends every run.
+# Where a user limits a deployment or a pool, a run holds a lease. In memory, the default, leases are lost with the server, and
+# Prefect ends every run that had one.
 SERVER_ENVIRONMENT = {
     "PREFECT_SERVER_CONCURRENCY_LEASE_STORAGE": "prefect.server.concurrency.lease_storage.filesystem",
     "PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL": "WARNING",  # to server.log: a database that is away, a pool that is used up
@@ -55,11 +58,14 @@ def bring_up(settings: Settings, host: str, port: int) -> str:
     export_settings(settings)
     with _alone(folder):
         server = services.running(folder, "server") or _start_server(settings, folder, host, port)
-        with environment(prefect_environment(settings, server.url, verbose=False)):
+        if server.url != (wanted := address(host, port)):
+            log.warning("the server is up at %s, not at %s; to move it, call seqmill down first", server.url, wanted)
+        with environment(_speaking_to(settings, server.url)):
             from flows import registration
 
             registration.register(root)
             if not services.running(folder, "worker"):
+                registration.forget_workers(worker_prefix(folder))
                 registration.crash_orphans()
                 _start_worker(folder, server.url, root)
             if before := registration.enter_profile(profiles, server.url):
@@ -74,14 +80,15 @@ def take_down(settings: Settings) -> list[str]:
         return []
     with _alone(folder):
         server = services.running(folder, "server")
-        with environment(prefect_environment(settings, server.url if server else None, verbose=False)):
+        url = server.url if server else services.noted_url(folder, "server")
+        with environment(_speaking_to(settings, url)):
             from flows import registration
 
             if server and services.running(folder, "worker"):
                 with suppress(httpx.HTTPError):  # a server that does not answer is ended all the same
                     registration.cancel_runs(CANCEL_SECONDS)
             ended = [service for name in ("worker", "server") if (service := services.stop(folder, name, DOWN_SECONDS))]
-            registration.leave_profile(profiles, _profile_before(folder))
+            registration.leave_profile(profiles, _profile_before(folder), url)
         (folder / "profile.json").unlink(missing_ok=True)
     return [service.name for service in ended]
 
@@ -95,15 +102,15 @@ def project_root() -> Path:
 
 
 def _start_server(settings: Settings, folder: Path, host: str, port: int) -> services.Service:
-    if host not in (LOOPBACK, "localhost") and "PREFECT_SERVER_API_AUTH_STRING" not in inherited_environment():
+    if host not in (LOOPBACK, "localhost") and not inherited_environment().get("PREFECT_SERVER_API_AUTH_STRING"):
         raise SettingsError(
             f"--host {host}: others could reach the server and run code here; "
             "set PREFECT_SERVER_API_AUTH_STRING first (docs/operations.md, Security)"
         )
     _check_port(host, port)
-    url = f"http://{LOOPBACK if host in EVERY_ADDRESS else host}:{port}/api"
+    url = address(host, port)
     database = check_database(inherited_environment())
-    with environment(prefect_environment(settings, url, verbose=False) | SERVER_ENVIRONMENT):
+    with environment(_speaking_to(settings, url) | SERVER_ENVIRONMENT):
         log.info("prefect server at %s on %s", url, database)
         command = server_command(host, port)
         server = services.start(folder, "server", command, inherited_environment(), url)
@@ -115,8 +122,19 @@ def _start_server(settings: Settings, folder: Path, host: str, port: int) -> ser
     return server
 
 
+def address(host: str, port: int) -> str:
+    """The API's address, as this machine reaches a server that listens on ``host``."""
+    reached = {"0.0.0.0": LOOPBACK, "::": "::1"}.get(host, host)  # noqa: S104 (asked for by the user, who then has to set a password)
+    return f"http://{f'[{reached}]' if ':' in reached else reached}:{port}/api"
+
+
+def _speaking_to(settings: Settings, url: str | None) -> dict[str, str]:
+    """Prefect's environment with this very server: the user's own PREFECT_API_URL may name another."""
+    return prefect_environment(settings, url, verbose=False) | ({"PREFECT_API_URL": url} if url else {})
+
+
 def _check_port(host: str, port: int) -> None:
-    with socket.socket() as probe:
+    with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # one that was served a moment ago is free
         try:
             probe.bind((host, port))
@@ -129,16 +147,32 @@ def _check_port(host: str, port: int) -> None:
 def _start_worker(folder: Path, url: str, root: Path) -> None:
     from flows import registration
 
-    command = [sys.executable, "-m", "prefect", "worker", "start", "--pool", registration.POOL, "--type", "process"]
-    environment = worker_environment(root)
-    known = registration.num_workers_online()
-    worker = services.start(folder, "worker", command, environment, url)
+    name = f"{worker_prefix(folder)}-{secrets.token_hex(4)}"
+    command = [
+        sys.executable,
+        "-m",
+        "prefect",
+        "worker",
+        "start",
+        "--pool",
+        registration.POOL,
+        "--type",
+        "process",
+        "--name",
+        name,
+    ]
+    worker = services.start(folder, "worker", command, worker_environment(root), url)
     deadline = time.monotonic() + WORKER_SECONDS
-    while registration.num_workers_online() <= known:
+    while name not in registration.workers_online():
         if not worker.is_running or time.monotonic() > deadline:
             services.stop(folder, "worker", DOWN_SECONDS)
             raise WorkerError(f"prefect worker: the server has not heard of it; read {folder / 'worker.log'}")
         time.sleep(0.5)
+
+
+def worker_prefix(folder: Path) -> str:
+    """What the names of this store's workers begin with, one after the other: this machine, and the store's folder."""
+    return f"{platform.node()}-{digest_bytes(os.fsencode(folder))[:8]}"
 
 
 def worker_environment(root: Path) -> dict[str, str]:

@@ -11,10 +11,10 @@ from prefect.client.schemas.objects import State
 from prefect.events import Event
 from prefect.states import Completed
 
-from flows.changes import Change, last_seen, look, remember
+from flows.changes import Change, last_seen, look, memory, remember
 from flows.dag import nodes_of
 from flows.overrides import Overrides, dotted
-from flows.recipe import load_recipe
+from flows.recipe import load_recipe, recipe_path
 from flows.settings import load_settings
 
 log = logging.getLogger(__name__)
@@ -35,12 +35,12 @@ def watch_flow(recipe: str = "demo", overrides: Overrides = None) -> State[Any]:
     loaded = load_recipe(recipe, changed_fields := dotted(overrides))
     settings = load_settings()
     store = settings.open_store()
-    state_path = store.root / ".watch" / f"{loaded.name}.json"
-    found = look(nodes_of(loaded), last_seen(state_path), store, settings.machine())
-    if found.changes:
-        emit(recipe, loaded.name, changed_fields, found.changes)
-    # Only now: where the event did not reach the server, the next look finds the same changes.
-    remember(state_path, found.seen)
+    with memory(store.root, loaded.name, recipe_path(recipe), changed_fields) as path:
+        found = look(nodes_of(loaded), last_seen(path), store, settings.machine())
+        if found.changes:
+            emit(recipe, loaded.name, changed_fields, found.changes)
+        # Only now: where the event did not reach the server, the next look finds the same changes.
+        remember(path, found.seen)
     if found.errors:
         raise found.errors[0]
     names = ", ".join(change.name for change in found.changes)
@@ -65,4 +65,5 @@ def emit(recipe: str, name: str, overrides: dict[str, Any], changes: tuple[Chang
 def tell(changes: Iterable[Mapping[str, Any]] | None) -> None:
     """Say in a run's log which sources' new bytes it was started for."""
     for change in changes or ():
-        get_run_logger().info("started because %s changed: %s -> %s", change["name"], change["old"], change["new"])
+        told = (change.get(name) for name in ("name", "old", "new"))
+        get_run_logger().info("started because %s changed: %s -> %s", *told)

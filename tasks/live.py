@@ -1,6 +1,6 @@
 """What the Prefect UI shows while a stage is built: a progress artifact for each progress bar, kept up to date.
 
-It is told by a thread of its own: a slow server holds nothing up, and one that fails is named once and asked no more.
+It is told by a thread of its own: a slow server holds nothing up, and one that fails is named once and asked again later.
 """
 
 import logging
@@ -21,6 +21,7 @@ from tasks.training.metrics import in_words
 log = logging.getLogger(__name__)
 
 UPDATE_SECONDS = 2.0  # the page asks the server itself only every few seconds
+RETRY_SECONDS = 30.0  # a server that was away: restarting it takes some 10 s
 UNITS = (("GB", 1e9), ("MB", 1e6), ("kB", 1e3))
 
 
@@ -92,31 +93,34 @@ class Amount:
 @contextmanager
 def _kept_up(key: str, now: Callable[[], tuple[float, str]]) -> Iterator[None]:
     """A progress artifact while the block lasts: what ``now`` says, percent and words, every UPDATE_SECONDS and at the end."""
-    try:
-        percent, words = now()
-        artifact = create_progress_artifact(progress=percent, key=key, description=words)
-    except Exception as error:  # the work is worth more than its picture
-        log.warning("prefect: no progress artifact %s: %s", key, error)
-        yield
-        return
     ended = threading.Event()
-
-    def keep_up() -> None:
-        shown, is_last = (percent, words), False
-        try:
-            while not is_last:
-                is_last = ended.wait(UPDATE_SECONDS)
-                if (then := now()) != shown:
-                    update_progress_artifact(artifact, progress=then[0], description=then[1], _sync=True)
-                    shown = then
-        except Exception as error:
-            log.warning("prefect: progress artifact %s is not kept up to date: %s", key, error)
-
-    # In this context: it holds which server is meant.
-    thread = threading.Thread(target=copy_context().run, args=(keep_up,), name=key, daemon=True)
+    # In this context: it holds which server and which run are meant.
+    arguments = (_keep_up, key, now(), now, ended)
+    thread = threading.Thread(target=copy_context().run, args=arguments, name=key, daemon=True)
     thread.start()
     try:
         yield
     finally:
         ended.set()
         thread.join(UPDATE_SECONDS)
+
+
+def _keep_up(key: str, first: tuple[float, str], now: Callable[[], tuple[float, str]], ended: threading.Event) -> None:
+    """Create the artifact and keep it up to date until ``ended``; the work is worth more than its picture."""
+    artifact, shown, then = None, first, first
+    is_failing = is_last = False
+    while True:
+        try:
+            if artifact is None:
+                artifact = create_progress_artifact(progress=then[0], key=key, description=then[1], _sync=True)
+            elif then != shown:
+                update_progress_artifact(artifact, progress=then[0], description=then[1], _sync=True)
+            shown, is_failing = then, False
+        except Exception as error:
+            if not is_failing:
+                log.warning("prefect: progress artifact %s is not up to date: %s", key, error)
+            is_failing = True
+        if is_last:
+            return
+        is_last = ended.wait(RETRY_SECONDS if is_failing else UPDATE_SECONDS)
+        then = now()

@@ -14,29 +14,35 @@ from tasks.machine import Advance, Machine
 
 
 class Server:
-    """What was created and updated; waits are over at the second update."""
+    """What was created and updated; waits are over at the first update, or where creating failed at the creation."""
 
-    def __init__(self, monkeypatch: pytest.MonkeyPatch, fails: str = "") -> None:
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, fails: str = "", num_failures: int = 1000) -> None:
         self.told: list[tuple[float, str]] = []
         self.keys: list[str] = []
-        self.fails = fails
+        self.fails, self.num_failures = fails, num_failures
         self.seen = threading.Event()
         monkeypatch.setattr(live, "create_progress_artifact", self.create)
         monkeypatch.setattr(live, "update_progress_artifact", self.update)
         monkeypatch.setattr(live, "UPDATE_SECONDS", 0.01)
+        monkeypatch.setattr(live, "RETRY_SECONDS", 0.01)
 
-    def create(self, progress: float, key: str, description: str) -> str:
-        if self.fails == "create":
-            raise ConnectionError("no server")
+    def create(self, progress: float, key: str, description: str, _sync: bool) -> str:
+        self._fail("create")
         self.keys.append(key)
         self.told.append((progress, description))
+        if self.fails == "create":
+            self.seen.set()
         return "artifact"
 
     def update(self, artifact: str, progress: float, description: str, _sync: bool) -> None:
-        if self.fails == "update":
-            raise ConnectionError("no server any more")
+        self._fail("update")
         self.told.append((progress, description))
         self.seen.set()
+
+    def _fail(self, what: str) -> None:
+        if self.fails == what and self.num_failures:
+            self.num_failures -= 1
+            raise ConnectionError("no server")
 
 
 def test_a_bar_is_an_artifact_that_ends_full(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -67,6 +73,17 @@ def test_a_training_run_tells_its_last_report_and_passes_it_on(monkeypatch: pyte
     assert server.told[-1] == (50.0, "demo pretrained: step 5 of 10, loss 2.5000, 0:01:01 left")
     assert heard[0] == report
     assert len(heard) == 2
+
+
+@pytest.mark.parametrize("fails", ["create", "update"])
+def test_a_server_that_was_away_is_told_again(monkeypatch: pytest.MonkeyPatch, fails: str) -> None:
+    server = Server(monkeypatch, fails, num_failures=2)
+    with Live(Machine(), "demo tokens").progress("tokens", 4, "shards") as advance:
+        advance(2)
+        assert server.seen.wait(10)
+        advance(2)
+    assert server.keys == ["progress-tokens"]
+    assert server.told[-1][0] == 100.0
 
 
 @pytest.mark.parametrize("fails", ["create", "update"])

@@ -1,12 +1,13 @@
 """Whether a recipe's sources still hold the bytes that were last seen."""
 
 import os
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from flows.changes import Look, Seen, last_seen, look, remember
+from flows.changes import Look, Seen, last_seen, look, memory, remember
 from flows.dag import Node
 from tasks.corpus.archive import ArchiveSpec, build_archive
 from tasks.machine import Machine
@@ -127,3 +128,37 @@ def test_what_was_seen_is_remembered_and_a_torn_memory_is_none(tmp_path: Path) -
     assert last_seen(path) == {"archive": Seen("etag:1 9", None)}
     path.write_text('{"archive": ')
     assert last_seen(path) == {}
+
+
+def test_other_overrides_and_another_file_of_the_same_name_have_a_memory_of_their_own(tmp_path: Path) -> None:
+    asked = [(tmp_path / "a.yaml", {}), (tmp_path / "b.yaml", {}), (tmp_path / "a.yaml", {"archive.url": "other"})]
+    paths = []
+    for recipe, overrides in asked:
+        with memory(tmp_path, "demo", recipe, overrides) as path:
+            paths.append(path)
+    assert len({path.name for path in paths}) == 3
+    with memory(tmp_path, "demo", tmp_path / "a.yaml", {}) as path:
+        assert path == paths[0]
+
+
+def test_two_looks_at_once_tell_a_change_once(store: ArtifactStore, tmp_path: Path) -> None:
+    corpus, told = tmp_path / "corpus", []
+    corpus.write_bytes(OLD)
+    nodes = archive(str(corpus))
+
+    def look_and_tell() -> None:
+        with memory(tmp_path, "demo", tmp_path / "a.yaml", {}) as path:
+            found = look(nodes, last_seen(path), store, Machine())
+            told.extend(changed(found))
+            remember(path, found.seen)
+
+    look_and_tell()
+    corpus.write_bytes(NEW)
+    with memory(tmp_path, "demo", tmp_path / "a.yaml", {}):
+        threads = [threading.Thread(target=look_and_tell) for _ in range(2)]
+        for thread in threads:
+            thread.start()
+        assert told == []
+    for thread in threads:
+        thread.join()
+    assert told == [(of(OLD), of(NEW))]

@@ -96,6 +96,15 @@ def test_a_run_that_ends_early_takes_only_what_its_end_stands_on() -> None:
         ending_with(nodes, ["dumps"])
 
 
+def test_an_end_is_a_stage_or_the_branches_of_one_kind() -> None:
+    nodes = nodes_of(load_recipe("demo", compared()))
+    assert [node.name for node in ending_with(nodes, ["archive"])] == ["archive"]
+    of_adapters = {node.name for node in ending_with(nodes, ["adapter"]) if node.kind == "adapter"}
+    assert of_adapters == {"adapter", "adapter_lora", "adapter_tokens"}
+    assert [node.name for node in ending_with(nodes, ["evaluation_adapter"])][-2:] == ["adapter", "evaluation_adapter"]
+    assert {"evaluation_pretrained", "evaluation_adapter_lora"} < {node.name for node in ending_with(nodes, ["evaluation"])}
+
+
 ADAPTERS = {"adapters": {"lora": {"lora": {"rank": 2}}, "tokens": {"method": "prompt", "base": "pretrained"}}}
 
 

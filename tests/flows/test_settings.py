@@ -1,8 +1,9 @@
+import os
 from pathlib import Path
 
 import pytest
 
-from flows.settings import Settings, free_bytes, load_settings
+from flows.settings import Settings, export_settings, free_bytes, load_settings, prefect_environment
 from tasks.errors import SettingsError
 
 
@@ -64,3 +65,22 @@ def test_monitors_are_named_in_one_word_and_a_stranger_is_told(monkeypatch: pyte
     assert load_settings().machine().training.monitors == ("jsonl", "tensorboard")
     with pytest.raises(SettingsError, match="no monitor 'wandb'"):
         load_settings(monitors="wandb").machine()
+
+
+def test_exported_paths_mean_the_same_in_another_working_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("mine.json").write_text("{}")
+    exported: dict[str, str] = {}
+    monkeypatch.setattr(os, "environ", exported)
+    export_settings(Settings(store="runs/store", deepspeed="mine.json", hostfile=Path("hosts")))
+    expected = {"STORE": "runs/store", "DEEPSPEED": "mine.json", "HOSTFILE": "hosts"}
+    assert {name: exported[f"SEQMILL_{name}"] for name in expected} == {
+        name: str(tmp_path / path) for name, path in expected.items()
+    }
+
+
+def test_a_page_of_another_origin_may_not_speak_to_the_server(tmp_path: Path) -> None:
+    origins = prefect_environment(Settings(store=tmp_path), "http://127.0.0.1:42/api", False)[
+        "PREFECT_SERVER_CORS_ALLOWED_ORIGINS"
+    ]
+    assert origins == "http://127.0.0.1:42,http://localhost:42"

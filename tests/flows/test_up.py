@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from flows.settings import Settings
-from flows.up import bring_up, profiles_path, take_down
+from flows.up import _speaking_to, address, bring_up, profiles_path, take_down
 from tasks.errors import SettingsError
 
 
@@ -27,9 +27,32 @@ def test_a_port_that_is_taken_is_the_users_mistake(tmp_path: Path) -> None:
             bring_up(Settings(store=tmp_path), "127.0.0.1", port)
 
 
-def test_an_address_that_others_can_reach_is_refused_without_authentication(tmp_path: Path) -> None:
+@pytest.mark.parametrize("password", [None, ""])
+def test_an_address_that_others_can_reach_is_refused_without_authentication(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, password: str | None
+) -> None:
+    if password is not None:
+        monkeypatch.setenv("PREFECT_SERVER_API_AUTH_STRING", password)
     with pytest.raises(SettingsError, match="PREFECT_SERVER_API_AUTH_STRING"):
         bring_up(Settings(store=tmp_path), "0.0.0.0", 4200)
+
+
+@pytest.mark.parametrize(
+    ("host", "url"),
+    [
+        ("127.0.0.1", "http://127.0.0.1:42/api"),
+        ("0.0.0.0", "http://127.0.0.1:42/api"),
+        ("::", "http://[::1]:42/api"),
+        ("fd00::1", "http://[fd00::1]:42/api"),
+    ],
+)
+def test_a_server_is_reached_at_an_address_of_this_machine(host: str, url: str) -> None:
+    assert address(host, 42) == url
+
+
+def test_another_server_that_the_user_has_chosen_gets_nothing_of_ours(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PREFECT_API_URL", "http://theirs/api")
+    assert _speaking_to(Settings(store=tmp_path), "http://127.0.0.1:42/api")["PREFECT_API_URL"] == "http://127.0.0.1:42/api"
 
 
 def test_down_where_nothing_was_ever_up_ends_nothing(tmp_path: Path) -> None:
@@ -61,5 +84,7 @@ def test_the_profile_is_entered_and_left_and_the_users_own_stay(tmp_path: Path) 
     entered = tomllib.loads(path.read_text())
     assert entered["active"] == "seqmill"
     assert entered["profiles"]["seqmill"] == {"PREFECT_API_URL": "http://127.0.0.1:2/api", "PREFECT_PLUGINS_ENABLED": "true"}
-    leave_profile(path, "mine")
+    leave_profile(path, "mine", "http://127.0.0.1:1/api")  # another store's, which went down first
+    assert tomllib.loads(path.read_text()) == entered
+    leave_profile(path, "mine", "http://127.0.0.1:2/api")
     assert tomllib.loads(path.read_text()) == {"active": "mine", "profiles": {"mine": {"PREFECT_API_URL": "http://mine/api"}}}
