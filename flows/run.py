@@ -21,6 +21,7 @@ from tasks.machine import Machine, quiet
 from tasks.stages import TASKS, publish_run
 from tasks.store import Artifact, ArtifactStore
 from tasks.store.pins import recorded_run
+from tasks.training.crew import leading
 
 SEND_SECONDS = 5
 
@@ -54,7 +55,7 @@ def run_nodes(
     store = settings.open_store(console_progress())
     machine = replace(settings.machine(console_progress()), on_metrics=console_reports(), recipe=recipe.name)
     check_ranks(nodes, machine)
-    with recorded_run(store.root, recipe.name, ends, overrides) as record:
+    with leading(machine.training.nodes), recorded_run(store.root, recipe.name, ends, overrides) as record:
         walk = Walk(recipe.name, store, machine, record)
         for name, ref in (given or {}).items():
             walk.artifacts[name] = taken(store, ref)

@@ -18,10 +18,11 @@ from pydantic_settings import BaseSettings, SettingsConfigDict
 import deepspeed_configs
 from tasks.corpus.sources import ENDPOINTS
 from tasks.errors import SettingsError
-from tasks.machine import Machine, Progress, TrainingSettings, quiet
+from tasks.machine import Machine, Nodes, Progress, TrainingSettings, quiet
 from tasks.store import ArtifactStore, SharedStore, cache_folder, is_url
 from tasks.training.deepspeed import load_deepspeed_config
 from tasks.training.monitors import check_monitors
+from tasks.training.nodes import parse_nodes
 from tasks.training.plan import num_cores
 
 ENV_PREFIX = "SEQMILL_"
@@ -54,6 +55,15 @@ class Settings(BaseSettings):
     )
     stop_seconds: float = Field(
         600, ge=0, description="from SIGTERM on, for the step under way and its checkpoint; then the ranks are killed"
+    )
+    nodes: str | None = Field(
+        None, description='machines that train together, or the least and the most of them, such as "2:4"; absent: this one alone'
+    )
+    node_rank: int = Field(0, ge=0, description="this node's number: 0 leads, the others join it")
+    rendezvous: str | None = Field(None, description="host:port of node 0, as the other nodes reach it; port 29400 where it has none")
+    node_seconds: float = Field(600, ge=0, description="for which nodes wait for each other")
+    checkpoints: Path | None = Field(
+        None, description="the folder that all nodes see, for checkpoints; absent: in the store, where that is a folder"
     )
     launcher: Literal["torchrun", "deepspeed"] = Field("torchrun", description="what starts the ranks")
     hostfile: Path | None = Field(None, description="DeepSpeed hostfile, for the deepspeed launcher")
@@ -122,6 +132,8 @@ class Settings(BaseSettings):
                 picks_preset=self.deepspeed == AUTO,
                 launcher=self.launcher,
                 hostfile=self.hostfile,
+                nodes=self._nodes(),
+                checkpoints=self.checkpoints.expanduser().absolute() if self.checkpoints else None,
                 micro_batch_size=self.micro_batch_size,
                 monitors=self.monitor_names,
                 threads_per_rank=self.threads_per_rank,
@@ -130,6 +142,13 @@ class Settings(BaseSettings):
             ),
             progress=progress,
         )
+
+    def _nodes(self) -> Nodes | None:
+        if self.nodes is None:
+            return None
+        if self.hostfile:
+            raise SettingsError("hostfile: set beside nodes, where each node tells its own ranks; unset one of the two")
+        return parse_nodes(self.nodes, self.rendezvous, self.node_seconds)
 
     def _tokens(self) -> dict[str, str]:
         hub = urlsplit(self.huggingface_endpoint or ENDPOINTS["huggingface"]).hostname

@@ -16,6 +16,7 @@ from flows.commands.common import (
     print_json,
     print_table,
 )
+from flows.commands.joining import join_run
 from flows.console import err, log_to_console, out
 from flows.recipe import Recipe, load_recipe, parse_overrides, recipe_names
 from flows.settings import export_settings, load_settings
@@ -53,6 +54,9 @@ def run(
     from flows.server import prefect_server
 
     settings = load_settings(store=store, num_workers=num_workers, num_ranks=num_ranks, deepspeed=deepspeed)
+    if settings.node_rank:
+        join_run(store, num_ranks)
+        return
     loaded = load_recipe(recipe, changes := parse_overrides(overrides or []))
     nodes, machine, artifacts = _nodes(loaded, until), replace(settings.machine(), recipe=loaded.name), settings.open_store()
     check_ranks(nodes, machine)

@@ -2,7 +2,7 @@
 
 import os
 import re
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -85,8 +85,7 @@ def derive_num_ranks(global_batch_size: int, settings: TrainingSettings) -> int:
     Of several nodes: those of as many nodes like this one as are at least to be there.
     """
     if settings.nodes:
-        slots = derive_num_ranks(global_batch_size, replace(settings, nodes=None))
-        return sum(share_out([slots] * settings.nodes.least, global_batch_size))
+        return sum(share_out([most_ranks(settings)] * settings.nodes.least, global_batch_size))
     if settings.num_ranks is not None:
         if settings.num_ranks < 1:
             raise SettingsError(f"training.num_ranks: {settings.num_ranks}; give 1 or more")
@@ -101,6 +100,11 @@ def derive_num_ranks(global_batch_size: int, settings: TrainingSettings) -> int:
         return num_gpus
     cores = max(1, num_cores() // settings.num_slots)
     return max(size for size in range(1, cores + 1) if global_batch_size % size == 0)
+
+
+def most_ranks(settings: TrainingSettings) -> int:
+    """The most ranks of this machine in a training on several, whose batch may not divide by all of them."""
+    return settings.num_ranks or len(gpu_bytes()) or max(1, num_cores() // settings.num_slots)
 
 
 def count_slots(hostfile: Path) -> int:

@@ -16,7 +16,7 @@ from tasks.store import ArtifactStore, Digest, SharedStore, Work
 from tasks.training.crew import Crew, crew_of
 from tasks.training.nodes import CHECKPOINTS, STORE
 from tasks.training.party import NodeLostError, Party
-from tasks.training.plan import derive_num_ranks
+from tasks.training.plan import most_ranks
 
 log = logging.getLogger(__name__)
 
@@ -31,7 +31,7 @@ def on_nodes(work: Work, kind: str, global_batch_size: int, train: Callable[[Wor
     check_checkpoints(work.store, settings)
     if settings.checkpoints:
         sweep(settings.checkpoints, work.store)
-    slots = derive_num_ranks(global_batch_size, replace(settings, nodes=None))
+    slots = most_ranks(settings)
     crew = crew_of(settings.nodes)
     with crew.turn():
         while True:
