@@ -60,7 +60,9 @@ class Settings(BaseSettings):
         None, description='machines that train together, or the least and the most of them, such as "2:4"; absent: this one alone'
     )
     node_rank: int = Field(0, ge=0, description="this node's number: 0 leads, the others join it")
-    rendezvous: str | None = Field(None, description="host:port of node 0, as the other nodes reach it; port 29400 where it has none")
+    rendezvous: str | None = Field(
+        None, description="host:port of node 0, as the other nodes reach it; port 29400 where it has none"
+    )
     node_seconds: float = Field(600, ge=0, description="for which nodes wait for each other")
     checkpoints: Path | None = Field(
         None, description="the folder that all nodes see, for checkpoints; absent: in the store, where that is a folder"

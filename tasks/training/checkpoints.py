@@ -95,6 +95,11 @@ def written_facts(folder: Path) -> dict[str, Any]:
     return facts
 
 
+def listed_files(folder: Path) -> list[str]:
+    """The names of a whole checkpoint's files."""
+    return list(orjson.loads((folder / MANIFEST_NAME).read_bytes())["files"])
+
+
 def _verified(folder: Path) -> tuple[dict[str, Any] | None, str | None]:
     """The checkpoint's manifest, or what is wrong with the checkpoint."""
     try:

@@ -12,6 +12,7 @@ import json
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from torch import Tensor
 
 from tasks.errors import StoreError
 from tasks.store.digest import write_all
+from tasks.training.checkpoints import listed_files
 
 WEIGHT = "weight"
 MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -145,7 +147,10 @@ class SavedState:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.places: dict[tuple[str, str], list[tuple[int, int, Any]]] = {}  # (part, weight): start, end, slice
-        for path in sorted(folder.glob(FILES)):
+        # Not what else is there: a node that was lost may have written after the others went on with fewer ranks.
+        for path in sorted(folder / name for name in listed_files(folder) if fnmatch(name, FILES)):
+            if not path.is_file():
+                continue  # ``check`` misses its numbers
             file: Any = safe_open(path, framework="pt")
             for key in file.keys():  # noqa: SIM118  # not a mapping: it cannot be iterated over
                 part, start, name = key.split(":", 2)

@@ -82,6 +82,12 @@ def test_a_part_that_no_manifest_misses_is_missed_by_the_reader(tmp_path: Path) 
         SavedState(folder).check({"layer": 10})
 
 
+def test_a_part_that_a_lost_rank_left_beside_a_checkpoint_is_not_read(tmp_path: Path) -> None:
+    folder = saved(tmp_path, 3)
+    (folder / "rank-2.safetensors").write_bytes(b"cut short")
+    SavedState(folder).check({"layer": 10})
+
+
 def test_weights_too_many_or_too_few_are_refused_by_name(tmp_path: Path) -> None:
     state = SavedState(saved(tmp_path, 3))
     state.check({"layer": 10})
