@@ -7,6 +7,7 @@ import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal
 from urllib.parse import urlsplit
@@ -16,6 +17,7 @@ from pydantic import Field, SecretStr, ValidationError, field_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 import deepspeed_configs
+from tasks.cluster.cluster import Cluster
 from tasks.corpus.sources import ENDPOINTS
 from tasks.errors import SettingsError
 from tasks.machine import Machine, Nodes, Progress, TrainingSettings, quiet
@@ -26,9 +28,9 @@ from tasks.training.nodes import parse_nodes
 from tasks.training.plan import num_cores
 
 ENV_PREFIX = "SEQMILL_"
+LOOPBACK = "127.0.0.1"
 AUTO = "auto"  # the cheapest preset that fits
 
-LOOPBACK = "127.0.0.1"
 
 class Settings(BaseSettings):
     """What concerns this machine and can change no artifact's key."""
@@ -44,6 +46,12 @@ class Settings(BaseSettings):
     num_workers: int | None = Field(None, ge=1, description="corpus workers; absent: one a core")
     pool: Literal["threads", "processes"] | None = Field(
         None, description="what corpus workers are; absent: threads of one process, up to 8 of them, else processes"
+    )
+    runner: Literal["pool", "ray", "dask"] = Field(
+        "pool", description="where groups of the corpus's shards run: this machine's pool, or a Ray or Dask cluster"
+    )
+    runner_address: str | None = Field(
+        None, description="the cluster's address: tcp://host:8786 of a Dask scheduler; absent: of the Ray node that runs here"
     )
     num_ranks: int | None = Field(None, ge=1, description="training ranks; absent: one a GPU, else one a core")
     micro_batch_size: int | None = Field(None, ge=1, description="rows per device per forward; absent: derived")
@@ -126,6 +134,7 @@ class Settings(BaseSettings):
         return Machine(
             num_workers=self.num_workers or num_cores(),
             pool=self.pool,
+            cluster=None if self.runner == "pool" else _cluster(self.runner, self.runner_address),
             endpoints={name: url for name, url in endpoints.items() if url},
             tokens=self._tokens(),
             training=TrainingSettings(
@@ -176,6 +185,17 @@ def load_settings(**given: Any) -> Settings:
     return settings
 
 
+def cache_here() -> Path:
+    """Where this machine, which may be a cluster's worker, keeps what it reads of shared stores."""
+    return load_settings().cache
+
+
+@lru_cache(maxsize=1)
+def _cluster(kind: Literal["ray", "dask"], address: str | None) -> Cluster:
+    """One connection a process, which knows how long items took."""
+    return Cluster(kind, address, cache_here)
+
+
 def export_settings(settings: Settings) -> None:
     """Put settings into the environment, where flows and what they start read them."""
     for name, value in settings.model_dump(exclude={"tokens"}).items():  # from the environment alone, where they are
@@ -200,6 +220,9 @@ def prefect_environment(settings: Settings, api_url: str | None, verbose: bool) 
         "DO_NOT_TRACK": "1",
         **({"PREFECT_API_URL": api_url} if api_url else {}),
     }
+    if api_url:  # a page of another origin, open in the user's browser, is not to start runs on loopback
+        port = urlsplit(api_url).port
+        environment["PREFECT_SERVER_CORS_ALLOWED_ORIGINS"] = f"http://{LOOPBACK}:{port},http://localhost:{port}"
     environment = {name: value for name, value in environment.items() if name not in os.environ}
     return {**environment, **(_past_the_proxy() if api_url else {})}
 
@@ -220,9 +243,6 @@ def environment(values: dict[str, str]) -> Iterator[None]:
         for name, value in before.items():
             os.environ.pop(name, None) if value is None else os.environ.update({name: value})
 
-    if api_url:  # a page of another origin, open in the user's browser, is not to start runs on loopback
-        port = urlsplit(api_url).port
-        environment["PREFECT_SERVER_CORS_ALLOWED_ORIGINS"] = f"http://{LOOPBACK}:{port},http://localhost:{port}"
 
 def prefect_api_url() -> str | None:
     """The Prefect server that the user has chosen, if any."""

@@ -68,7 +68,8 @@ def shown(artifact: Artifact, publish: Callable[[Artifact], None]) -> None:
 
 
 def in_groups(machine: Machine, progress: Progress, recipe: str) -> ShardRunner:
-    """A shard runner that shows Prefect one task for each group of shards; the work stays in the machine's process pool."""
+    """A shard runner that shows Prefect one task for each group of shards; the work goes where
+    the machine's pool is."""
 
     def run(function: Callable[[Any], Any], items: Sequence[Any], label: str) -> list[Any]:
         size = max(1, -(-len(items) // MOST_GROUPS))
@@ -92,7 +93,7 @@ def _run_groups(
     machine: Machine, function: Callable[[Any], Any], names: Sequence[str], groups: Sequence[list[Any]]
 ) -> Iterator[list[Any]]:
     """Each group's artifacts, in order; a Prefect task each, all at once where there is more than one worker."""
-    if machine.num_workers == 1:
+    if machine.num_workers == 1 and machine.cluster is None:
         for name, group in zip(names, groups, strict=True):
             yield shard_group(name, machine, function, group, return_state=True).result()
         return

@@ -177,12 +177,12 @@ def one_core() -> Iterator[None]:
 
     Does nothing in the main process, and where affinity cannot be set (macOS).
     """
-    if multiprocessing.parent_process() is None or not hasattr(os, "sched_setaffinity"):
-        yield
+    number = re.search(r"(\d+)$", multiprocessing.current_process().name)  # SpawnProcess-3: the third of the pool
+    if multiprocessing.parent_process() is None or not number or not hasattr(os, "sched_setaffinity"):
+        yield  # a cluster's worker too: which core is its own, nobody has said
         return
     allowed = os.sched_getaffinity(0)
-    number = re.search(r"(\d+)$", multiprocessing.current_process().name)  # SpawnProcess-3: the third of the pool
-    os.sched_setaffinity(0, {sorted(allowed)[int(number[1] if number else os.getpid()) % len(allowed)]})
+    os.sched_setaffinity(0, {sorted(allowed)[int(number[1]) % len(allowed)]})
     try:
         yield
     finally:
