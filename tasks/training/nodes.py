@@ -1,6 +1,7 @@
 """Several machines in one training: how ranks are shared out over them, and how one's plan is read by another."""
 
 import fcntl
+import re
 import socket
 import struct
 from collections.abc import Callable, Mapping, Sequence
@@ -11,6 +12,7 @@ from typing import Any
 from tasks.errors import SettingsError
 from tasks.machine import Nodes
 
+NUMBERS = re.compile(r"(\d+)(?::(\d+))?")
 DEFAULT_PORT = 29400  # torchrun's for a rendezvous
 SIOCGIFADDR = 0x8915  # linux/sockios.h: the IPv4 address of an interface
 
@@ -19,15 +21,16 @@ STORE, CHECKPOINTS = "store", "checkpoints"
 
 def parse_nodes(nodes: str, rendezvous: str | None, wait_seconds: float) -> Nodes:
     """``nodes`` as torchrun takes it, "4" or "2:4"; ``rendezvous``: "host" or "host:port". Raises SettingsError."""
-    least, _, most = nodes.partition(":")
-    if not (least.isdecimal() and (most or least).isdecimal() and 1 <= int(least) <= int(most or least)):
+    found = NUMBERS.fullmatch(nodes)
+    least, most = (int(found[1]), int(found[2] or found[1])) if found else (0, 0)
+    if not 1 <= least <= most:
         raise SettingsError(f"nodes: {nodes!r}; give their number, such as 4, or the least and the most, such as 2:4")
     if not rendezvous:
         raise SettingsError("rendezvous: not set; give host:port of the node with the number 0, as the other nodes reach it")
     host, _, port = rendezvous.rpartition(":") if ":" in rendezvous else (rendezvous, "", str(DEFAULT_PORT))
     if not (host and port.isdecimal() and int(port) < 1 << 16):
         raise SettingsError(f"rendezvous: {rendezvous!r}; give host:port of the node with the number 0")
-    return Nodes(int(least), int(most or least), host, int(port), wait_seconds)
+    return Nodes(least, most, host, int(port), wait_seconds)
 
 
 def share_out(slots: Sequence[int], global_batch_size: int) -> list[int]:
@@ -40,8 +43,8 @@ def share_out(slots: Sequence[int], global_batch_size: int) -> list[int]:
         able = [node for node, own in enumerate(slots) if own >= each]
         if able[:1] != [0]:  # the first has fewer
             break
-        taken = max(number for number in range(len(able) + 1) if global_batch_size % (max(1, number) * each) == 0)
-        if taken * each >= sum(best) and taken:
+        taken = max((number for number in range(1, len(able) + 1) if global_batch_size % (number * each) == 0), default=0)
+        if taken and taken * each >= sum(best):
             best = [each if node in able[:taken] else 0 for node in range(len(slots))]
     assert sum(best), "one rank divides every batch"
     return best
