@@ -12,6 +12,7 @@ its path is asked for, checked against its digest, and from then on it is a loca
 
 import contextlib
 import logging
+import re
 import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -20,10 +21,11 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
 from typing import Any, NoReturn, TypeVar
+from urllib.parse import urlsplit
 
 from pydantic import ValidationError
 
-from tasks.errors import StoreError
+from tasks.errors import SettingsError, StoreError
 from tasks.machine import Advance, Progress, quiet
 from tasks.store.artifact import MANIFEST_NAME, Artifact, FileEntry, Manifest, ShardEntry
 from tasks.store.bucket import SCHEMES, Bucket, Patience
@@ -38,6 +40,7 @@ FORM = ".store.json"
 # Requests at once where many small ones are made: at 20 ms each, some 800 a second.
 NUM_REQUESTS = 16
 SHOWN_BYTES = 32 << 20  # a transfer below this is over before a bar is read
+DIGEST = re.compile(r"[0-9a-f]{64}")
 
 A = TypeVar("A")
 B = TypeVar("B")
@@ -78,6 +81,8 @@ class SharedStore(ArtifactStore):
         patience: Patience | None = None,
         progress: Progress = quiet,
     ) -> None:
+        if any("@" in urlsplit(address or "").netloc for address in (url, endpoint)):
+            raise SettingsError("store: credentials in an address; leave them out, and put them into the environment")
         super().__init__(cache_folder(url, cache, endpoint))
         self.cache, self.bucket = Cache(self.root), Bucket(url, endpoint, patience)
         self.claim_seconds, self.progress = claim_seconds, progress
@@ -119,7 +124,7 @@ class SharedStore(ArtifactStore):
             manifest = Manifest.model_validate_json(data)
         except ValidationError:
             manifest = None
-        if manifest is None or (manifest.kind, manifest.key) != (kind, key) or not _stays_inside(manifest):
+        if manifest is None or (manifest.kind, manifest.key) != (kind, key) or not _is_plain(manifest):
             log.warning("%s: unreadable manifest, or another's; the artifact counts as absent", self.place(kind, key))
             return None
         self.cache.remember(kind, key, data, manifest)
@@ -138,10 +143,13 @@ class SharedStore(ArtifactStore):
         return next((problem for problem in found if problem), None) or self._damaged_shard(artifact, digests)
 
     def file_problem(self, artifact: Artifact, entry: FileEntry, advance: Advance = lambda amount: None) -> str | None:
-        """Reads the file from the bucket, cached or not; a cache without it keeps it, for the counts are checked next."""
+        """Reads the file from the bucket, cached or not; a cache without it, or with other bytes, keeps what came."""
+        path = artifact.folder / entry.name
         with self.cache.fetching(artifact, entry) as partial:
             problem = self._download(artifact, entry, partial, advance)
-            if problem is None and not is_whole(artifact.folder / entry.name, entry):
+            if problem is None and not _has_digest(path, entry):
+                if is_whole(path, entry):
+                    log.warning("%s: has other bytes than the bucket; replaced: check that disk", path)
                 self.cache.keep(artifact, entry, partial)
         return problem
 
@@ -173,11 +181,13 @@ class SharedStore(ArtifactStore):
     def lock(self, kind: str, key: Digest) -> Iterator[None]:
         """Hold the one builder's place for a key: on this machine by flock(2), among machines by a claim that is renewed."""
         with super().lock(kind, key), claimed(self.bucket, f"{kind}-{key}", self.cache.holder(), self.claim_seconds):
+            self._refuse_without_conditions()  # now, not when a day's work is to be committed
             yield
 
     def restore(self, kind: str, key: Digest) -> Artifact | None:
         """The artifact of a commit that was killed in its upload, or of a cache that has it whole where the bucket lost it."""
-        for folder in (self.root / ".staging" / kind / key, self.root / kind / key):
+        staging = self.root / ".staging" / kind / key
+        for folder in (staging, self.root / kind / key):
             try:
                 manifest = Manifest.model_validate_json((folder / MANIFEST_NAME).read_bytes())
             except (OSError, ValidationError):
@@ -187,7 +197,7 @@ class SharedStore(ArtifactStore):
                 if self._lost_shards(manifest.shards):
                     return None  # they alone are built
                 log.info("%s/%s: built before, and not in the bucket; goes on with the upload", kind, key[:12])
-                return replace(self._publish(manifest, folder), found=True)
+                return replace(self._publish(manifest, folder, is_again=folder == staging), found=True)
         return None
 
     def set_aside(self, kind: str, key: Digest, problem: str) -> None:
@@ -255,10 +265,13 @@ class SharedStore(ArtifactStore):
             )
         return self._publish(manifest, self.root / ".staging" / manifest.kind / manifest.key)
 
-    def _publish(self, manifest: Manifest, folder: Path) -> Artifact:
-        """Upload what is in ``folder``, put the manifest, and make the folder the cache's. The first manifest put is kept."""
+    def _publish(self, manifest: Manifest, folder: Path, *, is_again: bool = False) -> Artifact:
+        """Upload what is in ``folder``, put the manifest, and make the folder the cache's. The first manifest put is kept.
+
+        is_again: by an upload that was killed, some of it may be there.
+        """
         self._refuse_without_conditions()
-        self._at_once(lambda entry: self._upload(manifest, entry, folder), manifest.files)
+        self._at_once(lambda entry: self._upload(manifest, entry, folder, is_again), manifest.files)
         if first := self._put_manifest(manifest.kind, manifest.key, (folder / MANIFEST_NAME).read_bytes()):
             log.info("%s/%s: another builder was first; its artifact is kept", manifest.kind, manifest.key[:12])
             shutil.rmtree(folder)
@@ -282,10 +295,12 @@ class SharedStore(ArtifactStore):
             self.set_aside(kind, key, "its manifest cannot be used")
         return None
 
-    def _upload(self, manifest: Manifest, entry: FileEntry, folder: Path) -> None:
+    def _upload(self, manifest: Manifest, entry: FileEntry, folder: Path, is_again: bool) -> None:
         name = _file_name(manifest, entry)
-        if entry.num_bytes >= SHOWN_BYTES and self.bucket.num_bytes(name) == entry.num_bytes:
-            return  # by an earlier try: an object appears whole, and its name is the digest of its bytes
+        # An object appears whole, and its name is the digest of its bytes. One that was there before may be the damaged one
+        # for whose sake all this is built again.
+        if is_again and entry.num_bytes >= SHOWN_BYTES and self.bucket.num_bytes(name) == entry.num_bytes:
+            return
         with self._bar(f"upload {entry.name}", entry.num_bytes) as advance:
             self.bucket.upload(folder / entry.name, name, advance)
 
@@ -342,10 +357,13 @@ def store_of(artifact: Artifact) -> ArtifactStore:
     return artifact.store if isinstance(artifact, SharedArtifact) else ArtifactStore(artifact.root)
 
 
-def _stays_inside(manifest: Manifest) -> bool:
-    """Whether every file's name leads into the artifact's folder: a bucket is written by others."""
-    paths = [PurePosixPath(entry.name) for entry in manifest.files]
-    return not any(path.is_absolute() or ".." in path.parts for path in paths)
+def _is_plain(manifest: Manifest) -> bool:
+    """Whether all that becomes a path leads into its folder: a bucket is written by others."""
+    files = [PurePosixPath(entry.name) for entry in manifest.files]
+    if any(path.is_absolute() or ".." in path.parts or path.name in ("", MANIFEST_NAME) for path in files):
+        return False
+    digests = [entry.digest for entry in manifest.files] + [entry.key for entry in manifest.shards]
+    return all(map(DIGEST.fullmatch, digests)) and all(KIND.fullmatch(entry.kind) for entry in manifest.shards)
 
 
 def _manifest_name(kind: str, key: Digest) -> str:

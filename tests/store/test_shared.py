@@ -1,5 +1,6 @@
 """The promises of a shared store, tried on a folder that speaks like a bucket: two caches are two machines."""
 
+import contextlib
 import pickle
 import shutil
 from pathlib import Path
@@ -7,9 +8,9 @@ from pathlib import Path
 import pytest
 
 from tasks.corpus.shards import load_shards
-from tasks.errors import RefError, StoreError
+from tasks.errors import RefError, SettingsError, StoreError
 from tasks.machine import Machine
-from tasks.store import Artifact, ArtifactStore, SharedStore, cache_folder, is_url
+from tasks.store import Artifact, ArtifactStore, SharedStore, cache_folder, is_url, shared
 from tasks.store.bucket import Bucket
 from tasks.store.claim import Holder, claimed
 from tasks.store.store import size_problem
@@ -257,3 +258,64 @@ def test_one_bucket_has_one_cache_folder_and_another_has_another(tmp_path: Path)
     ]
     assert [folders.index(folder) for folder in folders] == [0, 0, 2, 3]
     assert [is_url(text) for text in ("s3://a", "file:///a", "/a", "a", "C:/a", "http://a")] == [True, True, *[False] * 4]
+
+
+@pytest.mark.parametrize("name", ["manifest.json", "large/../../escaped", ""])
+def test_a_file_that_is_no_plain_one_makes_a_manifest_absent(machines: Machines, name: str) -> None:
+    word = build_word(machines["here"], Machine(), WordSpec(word="abc"))
+    (path,) = machines.objects("word/*/manifest.json")
+    path.write_text(path.read_text().replace("word.txt", name))
+    assert machines["there"].find(word.kind, word.key) is None
+
+
+def test_a_digest_that_leads_out_of_the_cache_makes_a_manifest_absent(machines: Machines) -> None:
+    """It would name the file on its way."""
+    word = build_word(machines["here"], Machine(), WordSpec(word="abc"))
+    (path,) = machines.objects("word/*/manifest.json")
+    path.write_text(path.read_text().replace(word.entry("word.txt").digest, "/../../../kept"))
+    kept = machines.folder / "kept"
+    kept.write_text("mine")
+    found = machines["there"].find(word.kind, word.key)
+    with contextlib.suppress(StoreError):
+        assert found is None or found.file("word.txt")
+    assert (found, kept.read_text()) == (None, "mine")
+
+
+def test_a_shard_of_a_kind_that_is_none_makes_a_manifest_absent(machines: Machines) -> None:
+    whole = spell(machines["here"], "abc")
+    (path,) = machines.objects("letters/*/manifest.json")
+    path.write_text(path.read_text().replace('"kind": "letters-shard"', '"kind": "../letters-shard"'))
+    assert machines["there"].find(whole.kind, whole.key) is None
+
+
+def test_a_large_object_that_is_damaged_is_replaced(machines: Machines, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shared, "SHOWN_BYTES", 1)
+    build_word(machines["here"], Machine(), WordSpec(word="abc"))
+    (path,) = machines.objects("word/*/*/word.txt")
+    path.write_text("abd")
+    with pytest.raises(StoreError, match="set aside"):
+        build_word(machines["there"], Machine(), WordSpec(word="abc")).file("word.txt")
+    build_word(machines["here"], Machine(), WordSpec(word="abc"))
+    assert build_word(machines["third"], Machine(), WordSpec(word="abc")).file("word.txt").read_text() == "abc"
+
+
+def test_a_cache_that_was_damaged_is_found_and_mended_by_verify(machines: Machines) -> None:
+    word = build_word(machines["here"], Machine(), WordSpec(word="abc"))
+    word.file("word.txt").write_text("abd")
+    assert machines["here"].damage(word, digests=True) is None
+    assert word.file("word.txt").read_text() == "abc"
+
+
+def test_a_server_that_ignores_conditions_is_refused_before_anything_is_built(machines: Machines) -> None:
+    store = machines["here"]
+    store.bucket = CarelessBucket(store.bucket.url)
+    with pytest.raises(StoreError, match="ignores If-None-Match"):
+        build_word(store, Machine(), WordSpec(word="a"))
+    assert BUILDS == []
+
+
+@pytest.mark.parametrize(("url", "endpoint"), [("s3://me:planted@bucket/x", None), ("s3://bucket", "http://me:planted@host")])
+def test_credentials_in_an_address_are_refused_and_not_repeated(tmp_path: Path, url: str, endpoint: str | None) -> None:
+    with pytest.raises(SettingsError, match="leave them out") as caught:
+        SharedStore(url, tmp_path, endpoint=endpoint)
+    assert "planted" not in str(caught.value)
