@@ -6,7 +6,9 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator
+from typing import Any
 
+import httpx
 import pytest
 
 from tests.e2e.operated import LONG, SECRET, Operated, operated, wait_for
@@ -15,6 +17,7 @@ from tests.e2e.world import corpus
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
 FLOWS = ["corpus-flow", "pretrain-flow", "sft-flow", "adapt-flow", "everything-flow", "watch-flow"]
+UPKEEP = ["verify-flow", "gc-flow"]
 
 
 @pytest.fixture(scope="module")
@@ -51,9 +54,27 @@ def test_up_again_leaves_what_runs_and_every_flow_has_its_deployment(up: Operate
     before = [up.service(name) for name in ("server", "worker")]
     assert f"http://127.0.0.1:{up.port}" in up.up()
     assert [up.service(name) for name in ("server", "worker")] == before
-    names = {entry["name"] for entry in up.api("/deployments/filter", {})}
-    assert names == set(FLOWS)
-    assert {entry["name"] for entry in up.api("/automations/filter", {})} == {"seqmill-corpus-changed", "seqmill-crashed"}
+    assert sorted(entry["name"] for entry in up.api("/deployments/filter", {})) == sorted([*FLOWS, *UPKEEP])
+    automations = [entry["name"] for entry in up.api("/automations/filter", {})]
+    assert sorted(automations) == ["seqmill-corpus-changed", "seqmill-crashed"]
+
+
+@pytest.mark.parametrize(("host", "is_allowed"), [("127.0.0.1", True), ("localhost", True), ("evil.example", False)])
+def test_only_a_page_of_the_server_itself_may_speak_to_it(up: Operated, host: str, is_allowed: bool) -> None:
+    origin = f"http://{host}:{up.port}"
+    asked = {"Origin": origin, "Access-Control-Request-Method": "POST", "Access-Control-Request-Headers": "content-type"}
+    answer = httpx.options(f"http://127.0.0.1:{up.port}/api/flow_runs/filter", headers=asked, trust_env=False)
+    assert (answer.headers.get("access-control-allow-origin") == origin) == is_allowed
+    assert answer.is_success == is_allowed
+
+
+def test_the_server_plans_the_runs_of_its_schedules(up: Operated) -> None:
+    def planned() -> set[str]:
+        """The deployments that have runs to come."""
+        runs = up.api("/flow_runs/filter", {"flow_runs": {"state": {"type": {"any_": ["SCHEDULED"]}}}})
+        return {run["deployment_id"] for run in runs if run["auto_scheduled"]}
+
+    wait_for(lambda: len(planned()) == 2)  # nightly and hourly
 
 
 def test_the_very_command_of_the_card_starts_a_run(up: Operated) -> None:
@@ -63,9 +84,11 @@ def test_the_very_command_of_the_card_starts_a_run(up: Operated) -> None:
 
 
 def test_the_form_shows_typed_fields_with_their_descriptions(up: Operated) -> None:
-    for flow in FLOWS:
+    for flow in [*FLOWS, *UPKEEP]:
         schema = up.api(f"/deployments/name/{flow}/{flow}", method="GET")["parameter_openapi_schema"]["properties"]
         assert [name for name, field in schema.items() if not field.get("description")] == []
+        if flow in UPKEEP:
+            continue
         block_size = schema["overrides"]["properties"]["blocks"]["properties"]["block_size"]
         assert (block_size["type"], block_size["description"]) == ("integer", "token ids a block")
 
@@ -106,8 +129,13 @@ def test_changed_data_starts_a_run_that_builds_only_what_changed(up: Operated, f
 
 def test_a_cancelled_run_ends_every_rank_and_a_newer_run_goes_on_from_its_checkpoint(up: Operated, first: str) -> None:
     run = training(up, seed=21)
-    newer = up.start("pretrain-flow", recipe=str(up.recipe), overrides={"pretrained": {**LONG["pretrained"], "seed": 21}})
-    wait_for(lambda: up.state(newer) == "AwaitingConcurrencySlot")
+    overrides = {"pretrained": {**LONG["pretrained"], "seed": 21}}
+    newer = up.start("everything-flow", recipe=str(up.recipe), overrides=overrides, until="pretrained")
+    wait_for(lambda: up.state(newer) == "AwaitingTurn")
+    assert "pretrained" in up.api(f"/flow_runs/{newer}", method="GET")["state"]["message"]
+    other = up.start("corpus-flow", recipe=str(up.other_recipe))
+    assert up.end(other) == "Completed"
+    assert (up.state(run), up.state(newer)) == ("Running", "AwaitingTurn")
     up.prefect("flow-run", "cancel", run)
     wait_for(lambda: not up.processes("tasks.training.worker"))
     wait_for(lambda: up.state(run) == "Cancelled")
@@ -153,6 +181,22 @@ def test_a_run_that_says_nothing_any_more_is_crashed(up: Operated, first: str) -
     assert "no heartbeat" in up.api(f"/flow_runs/{run}", method="GET")["state"]["message"]
     assert up.processes("tasks.training.worker") == []
     up.up()
+
+
+def test_the_store_is_kept_up_by_flows(up: Operated, first: str) -> None:
+    def message(flow: str, ends: str, **parameters: Any) -> str:
+        run = up.start(flow, **parameters)
+        assert up.end(run) == ends
+        return str(up.api(f"/flow_runs/{run}", method="GET")["state"]["message"])
+
+    assert "would be moved to the trash" in message("gc-flow", "Completed", dry_run=True)
+    assert ", none damaged, " in message("verify-flow", "Completed")
+    (tokenizer,) = (up.store / "tokenizer").glob("*/tokenizer.json")
+    whole = tokenizer.read_bytes()
+    tokenizer.chmod(0o644)
+    tokenizer.write_bytes(whole.replace(b"{", b"[", 1))
+    assert "1 damaged" in message("verify-flow", "Failed", refs=["tokenizer"])
+    tokenizer.write_bytes(whole)
 
 
 def test_eight_runs_at_once_lose_nothing(up: Operated, first: str) -> None:
