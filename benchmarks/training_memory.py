@@ -75,7 +75,7 @@ def measure(case: Case, name: str, zero: str, told: argparse.Namespace, folder: 
 def estimate_of(case: Case, spec: OptimizationSpec, num_ranks: int, deepspeed: dict[str, Any]) -> Estimate:
     shape = Shape.of(config_of(case))
     assert shape
-    load = Load.of(spec, case.block_size, "sdpa", is_adapter=False)
+    load = Load.of(spec, case.block_size, "sdpa")
     return estimate(shape, replace(load, num_rows=case.micro_batch_size, num_ranks=num_ranks), deepspeed)
 
 

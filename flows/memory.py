@@ -42,7 +42,7 @@ def _choice(step: Step, by_name: Mapping[str, Step], config: Mapping[str, Any], 
     assert isinstance(spec, OptimizationSpec)
     rows = by_name[inputs["blocks"] if "blocks" in inputs else inputs["examples"]]
     attention = spec.model.attention if isinstance(spec, PretrainedSpec) else "sdpa"
-    load = Load.of(spec, rows.node.spec.block_size, attention, is_adapter=step.node.kind == "adapter")  # type: ignore[attr-defined]
+    load = Load.of(spec, rows.node.spec.block_size, attention)  # type: ignore[attr-defined]
     return choose(config, vocab_size, spec.global_batch_size, load, machine.training, where=step.node.name)
 
 

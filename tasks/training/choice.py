@@ -6,7 +6,7 @@ from typing import Any
 
 from tasks.errors import SettingsError
 from tasks.machine import TrainingSettings
-from tasks.training.deepspeed import DEFAULT_PRESET, load_deepspeed_config, preset
+from tasks.training.deepspeed import DEFAULT_PRESET, load_deepspeed_config, preset, zero_stage
 from tasks.training.memory import Estimate, Load, Shape, estimate
 from tasks.training.plan import Batch, derive_batch, derive_num_ranks
 from tasks.training.room import Room, room_here
@@ -40,12 +40,15 @@ def most_rows(shape: Shape, load: Load, deepspeed: dict[str, Any], room: Room) -
 
 def cheapest_preset(shape: Shape, load: Load, room: Room, where: str) -> str:
     """The first preset under which a micro batch of one row fits. Raises SettingsError where there is none."""
-    for name in CHEAPEST_FIRST:
-        wanted = estimate(shape, replace(load, num_rows=1), load_deepspeed_config(preset(name)))
+    configs = {name: load_deepspeed_config(preset(name)) for name in CHEAPEST_FIRST}
+    for name, config in configs.items():
+        if zero_stage(config) > load.most_zero_stage:
+            continue
+        tried, wanted = name, estimate(shape, replace(load, num_rows=1), config)
         if fits(wanted, room):
             return name
     raise SettingsError(
-        f"{where}: one row under {name} takes about {wanted.total / 1e9:.1f} GB a rank, there are {room.bytes / 1e9:.1f} GB; "
+        f"{where}: one row under {tried} takes about {wanted.total / 1e9:.1f} GB a rank, there are {room.bytes / 1e9:.1f} GB; "
         "set gradient_checkpointing: true in the recipe, or lower block_size, or train on more ranks"
     )
 
@@ -74,7 +77,8 @@ def choose(
     Raises SettingsError where ranks, rows and batch do not go together, or where a preset is to be picked and none fits.
     """
     num_ranks = derive_num_ranks(global_batch_size, settings)
-    room, shape = room_here(num_ranks), Shape.of(config, vocab_size)
+    # Stages side by side, each with as many ranks, share the memory as they share the cores.
+    room, shape = room_here(num_ranks * settings.num_slots), Shape.of(config, vocab_size)
     most = max(1, global_batch_size // num_ranks)
     load = replace(load, num_ranks=num_ranks, num_rows=most, is_on_gpu=room.device_bytes is not None)
     path = settings.deepspeed_config

@@ -21,12 +21,12 @@ import orjson
 import torch
 
 from tasks.errors import CorpusError
-from tasks.schemas import IGNORED_LABEL
 from tasks.store import write_atomically
 from tasks.training.adapters.virtual import positions_left
 from tasks.training.evaluation import EvaluatorPlan, labels_of, read_blocks, read_held_out
 from tasks.training.generate import LanguageModel, continue_text, greedy_answers, load_language_model
-from tasks.training.likelihood import answer_losses, label_losses, summed_loss
+from tasks.training.likelihood import answer_losses, label_losses
+from tasks.training.loss import summed_loss
 from tasks.training.rank import report_metrics
 from tasks.training.speed import decoding_speed
 
@@ -61,25 +61,30 @@ def validate(model: Any, blocks: Iterator[np.ndarray], batch_size: int, boundary
     boundary_id: closes the documents of a block, which then do not see each other; the first token of each is told by the
     id before it all the same, as in training.
     """
-    loss_sum, num_blocks, num_tokens = 0.0, 0, 0
+    total, num_blocks = torch.zeros(2, dtype=torch.float64), 0
     while rows := list(islice(blocks, batch_size)):
         ids_BT = np.stack(rows).astype(np.int64)[:, : positions_left(model)]  # virtual tokens take some of a block
         input_ids_BT = torch.from_numpy(ids_BT)
         _check_vocabulary(input_ids_BT, model.config.vocab_size)
-        input_ids_BT = input_ids_BT.to(model.device)
-        loss_sum += summed_loss(model, input_ids_BT, input_ids_BT, _positions(ids_BT, boundary_id, model.device))
+        batch = {"input_ids": input_ids_BT, "labels": input_ids_BT, **_positions(ids_BT, boundary_id)}
+        total += _summed(model, batch)
         num_blocks += len(rows)
-        num_tokens += input_ids_BT[:, 1:].numel()
         _report_rows(len(rows))
-    return {"loss": loss_sum / num_tokens, "num_blocks": num_blocks, "num_tokens": num_tokens} if num_blocks else None
+    return {"loss": (total[0] / total[1]).item(), "num_blocks": num_blocks, "num_tokens": int(total[1])} if num_blocks else None
 
 
-def _positions(ids_BT: np.ndarray, boundary_id: int | None, device: Any) -> torch.Tensor | None:
+def _summed(model: Any, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+    """The summed loss of a batch, and over how many tokens: float64 (2,)."""
+    return summed_loss(model, {name: tensor.to(model.device) for name, tensor in batch.items()}).cpu()
+
+
+def _positions(ids_BT: np.ndarray, boundary_id: int | None) -> dict[str, torch.Tensor]:
+    """What keeps a block's documents apart; nothing where they are not."""
     if boundary_id is None:
-        return None
+        return {}
     from tasks.training.datasets import restarting_positions  # here, since it imports datasets: a second
 
-    return torch.from_numpy(restarting_positions(ids_BT, boundary_id)).to(device)
+    return {"position_ids": torch.from_numpy(restarting_positions(ids_BT, boundary_id))}
 
 
 @torch.inference_mode()
@@ -88,16 +93,14 @@ def validate_examples(model: Any, file: str, num_rows: int) -> dict[str, Any]:
     from tasks.training.adapters.virtual import one_example_a_row
     from tasks.training.datasets import collate, open_rows
 
-    loss_sum, num_tokens, rows = 0.0, 0, open_rows([file])
+    total, rows = torch.zeros(2, dtype=torch.float64), open_rows([file])
     for number in range(num_rows):
         batch = collate([rows[number]])
         if hasattr(model, "num_virtual_tokens"):  # they stand in front of a row, whose first example alone sees them
             batch = one_example_a_row(batch)
-        batch = {name: tensor.to(model.device) for name, tensor in batch.items()}
-        loss_sum += summed_loss(model, batch["input_ids"], batch["labels"], batch.get("position_ids"))
-        num_tokens += int((batch["labels"][:, 1:] != IGNORED_LABEL).sum())
+        total += _summed(model, batch)
         _report_rows(1)
-    return {"loss": loss_sum / num_tokens, "num_rows": num_rows, "num_tokens": num_tokens}
+    return {"loss": (total[0] / total[1]).item(), "num_rows": num_rows, "num_tokens": int(total[1])}
 
 
 def harness_results(loaded: LanguageModel, plan: EvaluatorPlan) -> dict[str, Any]:

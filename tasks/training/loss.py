@@ -16,9 +16,9 @@ from torch.nn.functional import cross_entropy, pad
 
 from tasks.errors import RecipeError, SettingsError
 from tasks.schemas import IGNORED_LABEL
+from tasks.training.memory import CHUNK_LOGITS
 
-# Logits at once: 134 MB in fp32, held up to three times. A constant: it decides the order in which numbers are summed.
-CHUNK_LOGITS = 1 << 25
+LOSS_POSITIONS = 512  # at once through the softmax, which takes the memory of the logits twice more
 
 SummedLoss = Callable[[Tensor, Tensor, Tensor], Tensor]  # of hidden (N, H), weight (V, H), labels (N,)
 
@@ -131,9 +131,10 @@ class HeadLoss:
 
     def _check(self, logits: Tensor) -> None:
         """Raise RecipeError for a model that scales or caps its logits: here that would be done to the loss."""
-        if self.loss is None or not torch.equal(logits.detach(), self.loss):
+        if self.loss is None or not torch.allclose(logits.detach(), self.loss, rtol=0, atol=0, equal_nan=True):
             raise RecipeError(f"{self.where}.loss: the model changes its logits behind its head; set {self.where}.loss: plain")
-        self.is_checked = bool(self.loss)  # nought is nought however it is scaled
+        # Nought is nought however it is scaled; what is no number is for the watch over the loss to find.
+        self.is_checked = bool(self.loss) and bool(self.loss.isfinite())
 
 
 def add_head_loss(model: Any, name: str, where: str) -> None:
@@ -148,7 +149,7 @@ def add_head_loss(model: Any, name: str, where: str) -> None:
 
 
 def summed_loss(model: Any, batch: dict[str, Tensor]) -> Tensor:
-    """The summed loss of a batch, and over how many tokens: float64 (2,)."""
+    """The summed loss of a batch in nats, and over how many tokens: float64 (2,)."""
     labels_BT = batch["labels"][:, 1:]
     count = (labels_BT != IGNORED_LABEL).sum().double()
     if hasattr(model, "head_loss"):
@@ -157,6 +158,14 @@ def summed_loss(model: Any, batch: dict[str, Tensor]) -> Tensor:
     # Virtual tokens, whose logits stand in front of the row's own, foretell nothing.
     logits_BTV = model(**inputs, use_cache=False).logits[:, -labels_BT.shape[1] - 1 : -1]
     loss = labels_BT.new_zeros((), dtype=torch.float64)
-    for logits_TV, labels_T in zip(logits_BTV, labels_BT, strict=True):  # a row at a time: fp32 logits are large
-        loss += cross_entropy(logits_TV.float(), labels_T, ignore_index=IGNORED_LABEL, reduction="sum").double()
+    for logits_TV, labels_T in zip(logits_BTV, labels_BT, strict=True):
+        loss += row_loss(logits_TV, labels_T)
     return torch.stack([loss, count])
+
+
+def row_loss(logits_TV: Tensor, labels_T: Tensor) -> Tensor:
+    """Cross-entropy in nats, summed over a row: float64, a scalar."""
+    loss = labels_T.new_zeros((), dtype=torch.float64)
+    for logits, labels in zip(logits_TV.split(LOSS_POSITIONS), labels_T.split(LOSS_POSITIONS), strict=True):
+        loss += cross_entropy(logits.float(), labels, ignore_index=IGNORED_LABEL, reduction="sum")
+    return loss

@@ -10,10 +10,12 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, Self
 
+from tasks.training.adapters.limits import UNSPREAD
 from tasks.training.deepspeed import zero_stage
 from tasks.training.optimization import OptimizationSpec
 
-# Logits that the chunked loss makes at once: tasks.training.loss.CHUNK_LOGITS, which imports torch.
+# Logits that the chunked loss makes at once: 134 MB in fp32, held up to three times. A constant: it decides the order in
+# which numbers are summed.
 CHUNK_LOGITS = 1 << 25
 FP32 = 4
 # Python, torch, Transformers and DeepSpeed on CPU, and what a training run of no size holds besides; measured: 0.57-0.66 GB.
@@ -88,11 +90,13 @@ class Load:
     loss: str = "chunked"
     attention: str = "sdpa"
     trained_share: float = 1.0  # of the weights; of an adapter's about a hundredth
+    most_zero_stage: int = 3  # under which it trains
     is_on_gpu: bool = False
 
     @classmethod
-    def of(cls, spec: OptimizationSpec, block_size: int, attention: str, is_adapter: bool) -> Self:
-        """Of a spec; rows and ranks are still to be filled in."""
+    def of(cls, spec: OptimizationSpec, block_size: int, attention: str) -> Self:
+        """Of a spec, an adapter's too; rows and ranks are still to be filled in."""
+        method = getattr(spec, "method", "full")
         return cls(
             block_size=block_size,
             num_rows=1,
@@ -101,7 +105,8 @@ class Load:
             gradient_checkpointing=spec.gradient_checkpointing,
             loss=spec.loss,
             attention=attention,
-            trained_share=ADAPTED_SHARE if is_adapter else 1.0,
+            trained_share=1.0 if method == "full" else ADAPTED_SHARE,
+            most_zero_stage=2 if method in UNSPREAD else 3,
         )
 
     @property
@@ -175,7 +180,7 @@ def estimate(shape: Shape, load: Load, deepspeed: dict[str, Any]) -> Estimate:
         activations=activations,
         logits=logits,
         # When AdamW steps, activations and logits are gone: what is larger counts.
-        buffers=_bucket_bytes(zero, load, trained) + max(step - activations - logits, _gathered_bytes(zero, load, every)),
+        buffers=_bucket_bytes(zero, shape, load, trained) + max(step - activations - logits, _gathered_bytes(zero, load, every)),
         process=CONTEXT_BYTES if load.is_on_gpu else PROCESS_BYTES,
         checkpoint=FP32 * 3 * trained // ranks,
         offloaded=offloaded,
@@ -183,13 +188,19 @@ def estimate(shape: Shape, load: Load, deepspeed: dict[str, Any]) -> Estimate:
 
 
 def _is_offloaded(zero: dict[str, Any], name: str) -> bool:
-    return bool(zero.get(name, {}).get("device") == "cpu")
+    return bool((zero.get(name) or {}).get("device") == "cpu")
 
 
-def _bucket_bytes(zero: dict[str, Any], load: Load, num_trained: int) -> int:
+def _numbers(zero: dict[str, Any], name: str, shape: Shape, otherwise: float) -> int:
+    """A count of numbers that a file may leave out, or leave to Transformers by "auto", which makes it hidden times hidden."""
+    value = zero.get(name, otherwise)
+    return shape.hidden**2 if value == "auto" else int(value)
+
+
+def _bucket_bytes(zero: dict[str, Any], shape: Shape, load: Load, num_trained: int) -> int:
     """Gradients on their way to other ranks; on CPU only as many as there are are touched."""
     stage = zero.get("stage", 0)
-    numbers = int(zero.get("reduce_bucket_size", 5e8)) if stage >= 1 else 0
+    numbers = _numbers(zero, "reduce_bucket_size", shape, 5e8) if stage >= 1 else 0
     copies = 2 if zero.get("overlap_comm") and stage >= 2 else 1
     return copies * load.num_bytes * (numbers if load.is_on_gpu else min(numbers, num_trained))
 

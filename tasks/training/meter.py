@@ -11,6 +11,8 @@ from typing import Any
 
 import torch
 
+from tasks.training.memory import EXPERTS
+
 # Dense bf16 FLOP/s, of the makers' data sheets, by a part of torch.cuda.get_device_name; the more particular first.
 GPU_PEAKS = {
     "B200": 2250e12, "H100 PCIe": 756e12, "H100 NVL": 835e12, "H100": 989e12, "H800": 989e12, "H200": 989e12, "H20": 148e12,
@@ -49,7 +51,7 @@ class Meter:
         seconds, steps = now - then, max(1, step - since)
         rate = steps * self.tokens_per_step / seconds
         told: dict[str, float] = {"num_steps": steps, "tokens_per_second": round(rate, 1), "memory_bytes": memory_bytes()}
-        if self.peak:
+        if self.peak and self.flops_per_token:
             told["mfu"] = round(rate * self.flops_per_token / (self.peak * self.num_ranks), 4)
         told["seconds_left"] = round((self.num_steps - step) * self._seconds_per_step(steps, seconds), 1)
         return told
@@ -64,17 +66,28 @@ class Meter:
 
 
 def flops_per_token(model: Any, block_size: int) -> float:
-    """Floating point operations that training takes for one token: forward, backward, and the gradients of what is trained."""
+    """Floating point operations that training takes for one token: forward, backward, and the gradients of what is trained.
+
+    0, for not known, of a model with experts, of which a token meets only some.
+    """
     table = model.get_input_embeddings().weight
     config = getattr(model.config, "text_config", None) or model.config
+    if any(getattr(config, name, None) for name in EXPERTS):
+        return 0.0
     # A table that is looked up costs nothing; one that is the head too is multiplied by.
     looked_up = 0 if getattr(config, "tie_word_embeddings", False) else _count(table)
     matrices = [weight for weight in model.parameters() if len(getattr(weight, "ds_shape", weight.shape)) > 1]
     every = sum(map(_count, matrices)) - looked_up
     trained = sum(_count(weight) for weight in matrices if weight.requires_grad) - (looked_up if table.requires_grad else 0)
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    attention = 12 * config.num_hidden_layers * config.num_attention_heads * head_dim * block_size
-    return float(4 * every + 2 * trained + attention)
+    return float(4 * every + 2 * trained + _attention_flops(config, block_size))
+
+
+def _attention_flops(config: Any, block_size: int) -> int:
+    """Of one token; 0 for a model without heads."""
+    if not (num_heads := getattr(config, "num_attention_heads", None)):
+        return 0
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // num_heads
+    return int(12 * config.num_hidden_layers * num_heads * head_dim * block_size)
 
 
 def _count(weight: Any) -> int:

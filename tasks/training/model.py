@@ -104,8 +104,11 @@ def _hub_errors(where: str) -> Iterator[None]:
 
 
 def completed_config(config: dict[str, Any], vocab_size: int, end_of_document_id: int) -> dict[str, Any]:
-    """A recipe's config with what the tokenizer decides, where the recipe leaves it open."""
-    ends = {"bos_token_id": None, "eos_token_id": end_of_document_id, "pad_token_id": end_of_document_id}
+    """A recipe's config with what the tokenizer decides, where the recipe leaves it open.
+
+    No id is padding: its row of the embedding table would begin as noughts and get no gradient, and every block is full.
+    """
+    ends = {"bos_token_id": None, "eos_token_id": end_of_document_id, "pad_token_id": None}
     return {"vocab_size": vocab_size, **ends, **config}
 
 

@@ -43,7 +43,7 @@ def identify_source(spec: PretrainedSpec, store: ArtifactStore, machine: Machine
     return identify_weights(spec.model, store, machine)
 
 
-@stage("pretrained", revision=1, identify_source=identify_source)
+@stage("pretrained", revision=2, identify_source=identify_source)
 def build_pretrained(work: Work, spec: PretrainedSpec, blocks: Artifact, tokenizer: Artifact) -> Built:
     """Train a causal language model on blocks."""
     rows = block_rows(blocks, tokenizer, work.source, spec.document_attention == "within")

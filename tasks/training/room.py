@@ -7,6 +7,7 @@ import functools
 import logging
 import subprocess
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,8 +19,10 @@ ASK_TORCH = (
     "import torch as t; print(*(t.cuda.get_device_properties(number).total_memory for number in range(t.cuda.device_count())))"
 )
 MEMORY_INFO = Path("/proc/meminfo")
-# What a container may take: cgroup v2, v1. Absent, or larger than any memory, where there is no limit.
-LIMITS = (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"))
+# What a container or a job of Slurm may take: limits of the control groups, v2 or v1, that this process is in. Each group is
+# bounded by those around it, too; "max", or more than any memory, is no limit.
+OWN_GROUPS = Path("/proc/self/cgroup")
+GROUPS = Path("/sys/fs/cgroup")
 # The rest is the system's, the allocator's holes, and the estimate's error.
 SHARE = 0.9
 
@@ -48,10 +51,20 @@ def room_here(num_ranks: int) -> Room:
 def host_bytes() -> int:
     """This machine's memory, or what its container may take of it."""
     found = [_total()] if MEMORY_INFO.exists() else []
-    for path in LIMITS:
+    for path in _limits():
         if path.exists() and (text := path.read_text().strip()).isdigit():
             found.append(int(text))
     return min(found, default=1 << 62)  # where nothing tells, nothing is refused
+
+
+def _limits() -> Iterator[Path]:
+    """The files that may hold a limit. A container mostly sees its own group as the outermost one."""
+    for line in OWN_GROUPS.read_text().splitlines() if OWN_GROUPS.exists() else ():
+        _, controllers, group = line.split(":", 2)  # "0::/a/b" of v2, "4:memory:/a/b" of v1
+        if not controllers or "memory" in controllers.split(","):
+            root, name = (GROUPS / "memory", "memory.limit_in_bytes") if controllers else (GROUPS, "memory.max")
+            own = root / group.strip("/")
+            yield from (folder / name for folder in (own, *own.parents) if folder.is_relative_to(root))
 
 
 def _total() -> int:

@@ -213,7 +213,7 @@ def _shown(found: Sequence[Sequence[Reference]], is_whole_batch: bool) -> str:
 def choice_of(spec: OptimizationSpec, kind: str, block_size: int, start: Start, settings: TrainingSettings) -> Choice:
     """The preset and the micro batch; a warning where the memory will not do by the estimate."""
     config = start.config or (read_config(start.folder) if start.folder else {})
-    load = Load.of(spec, block_size, start.attention, is_adapter=start.adapter is not None)
+    load = Load.of(spec, block_size, start.attention)
     choice = choose(config, start.vocab_size, spec.global_batch_size, load, settings, where=kind)
     if choice.estimate and not choice.is_enough:
         log.warning(

@@ -32,7 +32,7 @@ def prepared_model(plan: dict[str, Any]) -> Any:
     if plan["model"]["config"] and zero_stage(plan["deepspeed"]) == 3:
         model = loaded_model(plan, whole_new_model(plan))
     elif plan["model"]["config"]:
-        model = new_model(plan["model"])
+        model = new_model(plan["model"], plan["optimization"]["precision"])
     else:
         model = loaded_model(plan, plan["model"]["folder"])
     check_fits(model.config.to_dict(), plan["block_size"], plan["vocab_size"], plan["label"])
@@ -44,13 +44,18 @@ def prepared_model(plan: dict[str, Any]) -> Any:
     return model
 
 
-def new_model(model: dict[str, Any]) -> PreTrainedModel:
-    """A model with random weights, in fp32."""
+def new_model(model: dict[str, Any], precision: str = "fp32") -> PreTrainedModel:
+    """A model with random weights, in fp32; for bf16 with such as bf16 has, which ZeRO-0 alone would not round them to."""
     try:
         config = checked_config(model["config"])
-        return AutoModelForCausalLM.from_config(config, attn_implementation=model["attention"], dtype=torch.float32)
+        made = AutoModelForCausalLM.from_config(config, attn_implementation=model["attention"], dtype=torch.float32)
     except (ValueError, TypeError, KeyError, StrictDataclassError) as error:
         raise RecipeError(f"{WHERE}: {' '.join(str(error).split())}; change the config") from error
+    if precision == "bf16":
+        with torch.no_grad():
+            for weight in made.parameters():
+                weight.copy_(weight.bfloat16())
+    return made
 
 
 def checked_config(fields: dict[str, Any]) -> PreTrainedConfig:
@@ -74,7 +79,7 @@ def whole_new_model(plan: dict[str, Any]) -> str:
     if rank() == 0:
         pieces = deepspeed_settings()
         unset_hf_deepspeed_config()
-        new_model(plan["model"]).save_pretrained(folder)
+        new_model(plan["model"], plan["optimization"]["precision"]).save_pretrained(folder)
         set_hf_deepspeed_config(pieces)
     barrier()
     return folder

@@ -106,6 +106,14 @@ def test_a_model_that_caps_its_logits_is_refused() -> None:
         model(**rows())
 
 
+def test_a_loss_that_is_no_number_is_left_to_the_watch_over_the_loss() -> None:
+    model = model_of("chunked")
+    with torch.no_grad():
+        model.model.norm.weight.fill_(torch.nan)
+    assert model(**rows()).loss.isnan()
+    assert not model.head_loss.is_checked, "a model that scales its logits is still to be found"
+
+
 def test_liger_is_refused_where_it_cannot_run() -> None:
     with pytest.raises(SettingsError, match="loss: liger"):
         model_of("liger")(**rows())

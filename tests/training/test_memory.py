@@ -6,6 +6,7 @@ import pytest
 from tasks.errors import SettingsError
 from tasks.machine import TrainingSettings
 from tasks.training import choice as choices
+from tasks.training.adapter import AdapterSpec
 from tasks.training.choice import CHEAPEST_FIRST, MOST_CPU_BYTES, cheapest_preset, choose, fits, most_rows
 from tasks.training.deepspeed import load_deepspeed_config, preset
 from tasks.training.memory import Load, Shape, estimate
@@ -88,6 +89,37 @@ def test_the_cheapest_preset_that_fits_is_picked() -> None:
     assert cheapest_preset(SHAPE, load, Room(1 << 50, 80 * GB), "pretrained") == CHEAPEST_FIRST[0]
 
 
+@pytest.mark.parametrize("method", ["prefix", "p_tuning", "prompt", "qlora"])
+def test_what_does_not_train_under_zero_3_is_given_another_preset(method: str) -> None:
+    assert SHAPE
+    spec = AdapterSpec(global_batch_size=8, num_steps=1, learning_rate=1e-3, method=method)  # type: ignore[arg-type]
+    load = replace(Load.of(spec, 2048, "sdpa"), num_ranks=8, is_on_gpu=True)
+    tight = Room(1 << 50, of("zero3", load).on_device)
+    assert cheapest_preset(SHAPE, replace(load, most_zero_stage=3), tight, "adapter") == "zero3"
+    with pytest.raises(SettingsError, match=r"^adapter: one row under zero2_offload takes"):
+        cheapest_preset(SHAPE, load, tight, "adapter")
+
+
+def test_an_adapter_by_method_full_trains_every_weight() -> None:
+    fields: dict[str, Any] = {"global_batch_size": 8, "num_steps": 1, "learning_rate": 1e-3}
+    assert Load.of(AdapterSpec(**fields, method="full"), 128, "sdpa") == Load.of(OptimizationSpec(**fields), 128, "sdpa")
+    assert Load.of(AdapterSpec(**fields, method="lora"), 128, "sdpa").trained_share < 0.1
+
+
+def test_what_a_file_leaves_to_transformers_is_read() -> None:
+    assert SHAPE
+    zero = {"stage": 3, "reduce_bucket_size": "auto", "stage3_prefetch_bucket_size": "auto", "offload_optimizer": None}
+    buckets = {**zero, "reduce_bucket_size": SHAPE.hidden**2}
+    assert estimate(SHAPE, LOAD, {"zero_optimization": zero}) == estimate(SHAPE, LOAD, {"zero_optimization": buckets})
+
+
+def test_stages_side_by_side_share_the_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(choices, "room_here", lambda num_ranks: Room(240 * GB // num_ranks))
+    spec = OptimizationSpec(global_batch_size=8, num_steps=1, learning_rate=1e-3)
+    settings = TrainingSettings(num_ranks=2, num_slots=3)
+    assert choose(QWEN_1_5B, 9, 8, Load.of(spec, 128, "sdpa"), settings, where="adapter").room.host_bytes == 40 * GB
+
+
 def test_where_nothing_fits_the_numbers_are_told() -> None:
     assert SHAPE
     with pytest.raises(
@@ -119,12 +151,12 @@ def test_a_preset_is_picked_only_where_that_is_asked(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(choices, "room_here", lambda num_ranks: Room(1 << 50))
     settings = TrainingSettings(num_ranks=2, deepspeed_config=preset("zero3"), picks_preset=picks)
     spec = OptimizationSpec(global_batch_size=8, num_steps=1, learning_rate=1e-3)
-    chosen = choose(QWEN_1_5B, 9, 8, Load.of(spec, 128, "sdpa", is_adapter=False), settings, where="pretrained")
+    chosen = choose(QWEN_1_5B, 9, 8, Load.of(spec, 128, "sdpa"), settings, where="pretrained")
     assert (chosen.preset, chosen.batch.num_ranks, chosen.is_enough) == (expected, 2, True)
 
 
 def test_a_model_that_is_not_understood_is_bounded_by_its_logits() -> None:
     spec = OptimizationSpec(global_batch_size=8, num_steps=1, learning_rate=1e-3)
-    load = Load.of(spec, 1 << 14, "sdpa", is_adapter=False)
+    load = Load.of(spec, 1 << 14, "sdpa")
     chosen = choose({}, 1 << 13, 8, load, TrainingSettings(num_ranks=2), where="pretrained")
     assert (chosen.estimate, chosen.most_rows, chosen.batch.micro_batch_size) == (None, None, 2)

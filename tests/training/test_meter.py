@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from transformers import Qwen2Config, Qwen2ForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
 from tasks.training.meter import Meter, flops_per_token, measured_peak
 
@@ -31,6 +31,21 @@ def test_frozen_weights_cost_no_gradient_of_their_own() -> None:
     for name, weight in frozen.named_parameters():
         weight.requires_grad = "lm_head" in name
     assert flops_per_token(frozen, block_size=32) == 4 * (2 * LAYER + 50 * 8) + 2 * 50 * 8 + ATTENTION
+
+
+def test_a_model_without_heads_costs_its_weights() -> None:
+    mamba = AutoModelForCausalLM.from_config(AutoConfig.for_model("mamba", vocab_size=50, hidden_size=8, num_hidden_layers=1))
+    weights = sum(weight.numel() for weight in mamba.parameters() if weight.dim() > 1)
+    assert flops_per_token(mamba, block_size=32) == 6 * (weights - (0 if mamba.config.tie_word_embeddings else 50 * 8))
+
+
+def test_of_a_model_with_experts_no_share_of_the_peak_is_told() -> None:
+    fields = {"hidden_size": 8, "intermediate_size": 16, "num_attention_heads": 2, "num_key_value_heads": 1, "num_experts": 4}
+    config = AutoConfig.for_model("qwen2_moe", vocab_size=50, num_hidden_layers=1, moe_intermediate_size=8, **fields)
+    meter = Meter(tokens_per_step=100, num_ranks=1, num_steps=10)
+    meter.begin(AutoModelForCausalLM.from_config(config), 32, "fp32", torch.device("cpu"))
+    assert meter.peak > 0
+    assert "mfu" not in meter.read(1)
 
 
 def test_a_peak_is_measured_without_a_random_number() -> None:

@@ -1,8 +1,10 @@
 from typing import Any
 
 import pytest
+import torch
 
 from tasks.errors import RecipeError
+from tasks.training.model import completed_config
 from tasks.training.weights import checked_config, compile_layers, new_model
 from tests.training.small_inputs import QWEN
 
@@ -37,8 +39,6 @@ def test_published_spellings_are_understood() -> None:
 
 
 def test_a_new_model_is_the_same_for_the_same_seed() -> None:
-    import torch
-
     def first_weight(seed: int) -> Any:
         torch.manual_seed(seed)
         return next(new_model({"config": QWEN, "attention": "sdpa"}).parameters())
@@ -47,10 +47,24 @@ def test_a_new_model_is_the_same_for_the_same_seed() -> None:
     assert not torch.equal(first_weight(1), first_weight(2))
 
 
+def test_a_new_model_for_bf16_has_weights_that_bf16_has() -> None:
+    for weight in new_model({"config": QWEN, "attention": "sdpa"}, "bf16").parameters():
+        assert weight.dtype is torch.float32
+        assert torch.equal(weight, weight.bfloat16().float())
+
+
+def test_the_end_of_document_id_is_trained_as_every_other() -> None:
+    config = completed_config({**QWEN, "tie_word_embeddings": False}, QWEN["vocab_size"], 5)
+    model = new_model({"config": config, "attention": "sdpa"})
+    ids = torch.tensor([[5, 6, 7, 5, 8]])
+    model(input_ids=ids, labels=ids).loss.backward()
+    table = model.get_input_embeddings().weight
+    assert table[5].abs().min() > 0
+    assert table.grad[5].abs().max() > 0
+
+
 @pytest.mark.slow  # a C++ compiler is at work
 def test_compiled_layers_give_the_same_loss_and_gradients() -> None:
-    import torch
-
     def trained(is_compiled: bool) -> tuple[Any, Any]:
         torch.manual_seed(1)
         model = new_model({"config": {**QWEN, "attention_dropout": 0.0}, "attention": "sdpa"}).train()

@@ -7,6 +7,7 @@ from typing import Any
 from tasks.errors import RecipeError, SettingsError
 
 VIRTUAL = ("prefix", "p_tuning", "prompt")  # methods of virtual tokens
+UNSPREAD = (*VIRTUAL, "qlora")  # do not train under ZeRO-3, which spreads weights
 
 
 def check_zero_stage(method: str, fields: Any, stage: int) -> None:
