@@ -9,9 +9,7 @@ from rich.markup import escape
 from flows.commands.common import JsonOption, StoreOption, print_json, print_table
 from flows.console import out
 from flows.settings import load_settings
-from tasks.errors import UserError
 from tasks.report.numbers import duration, size
-from tasks.store import ArtifactStore, SharedStore
 
 commands = typer.Typer()
 
@@ -30,7 +28,7 @@ def pin(
     from tasks.store.pins import pin as pin_artifact
     from tasks.store.pins import pins
 
-    artifacts = _local(store, "pin")
+    artifacts = load_settings(store=store).open_local_store("pin")
     for artifact in [artifacts.resolve(ref) for ref in refs or []]:
         pin_artifact(artifact, note)
     found = pins(artifacts.root)
@@ -45,7 +43,7 @@ def unpin(refs: RefsArgument, store: StoreOption = None) -> None:
     """Take pins off."""
     from tasks.store.pins import unpin as unpin_artifact
 
-    artifacts = _local(store, "unpin")
+    artifacts = load_settings(store=store).open_local_store("unpin")
     for artifact in [artifacts.resolve(ref) for ref in refs]:
         _say(f"{artifact.ref}: {'unpinned' if unpin_artifact(artifact) else 'was not pinned'}")
 
@@ -63,7 +61,7 @@ def gc(
     """Move what no pin and no recent run needs into the trash, and delete what has lain there for the grace."""
     from tasks.store.gc import collect
 
-    artifacts = _local(store, "gc")
+    artifacts = load_settings(store=store).open_local_store("gc")
     collected = collect(artifacts, keep_last=keep_last, grace_seconds=grace * HOUR, dry_run=dry_run)
     if as_json:
         print_json(collected.row())
@@ -78,20 +76,13 @@ def gc(
     if collected.in_use_since:
         since = datetime.fromtimestamp(collected.in_use_since).astimezone().isoformat(timespec="seconds")
         _say(f"a process has used the store since {since}: nothing that was used since is collected")
+    if collected.unfinished_since:
+        since = datetime.fromtimestamp(collected.unfinished_since).astimezone().isoformat(timespec="seconds")
+        _say(f"a run that began {since} has not come to its end: nothing that was used since is collected")
     if collected.trash_bytes and not dry_run:
         _say(
             f"{size(collected.trash_bytes)} in the trash, deleted by a gc in {duration(grace * HOUR)} or later, or with --grace 0"
         )
-
-
-def _local(store: str | None, command: str) -> ArtifactStore:
-    artifacts = load_settings(store=store).open_store()
-    if isinstance(artifacts, SharedStore):
-        raise UserError(
-            f"{command}: {artifacts.address} is a shared store, of which no machine knows all runs; "
-            "name a local store with --store, or let the bucket's own rules expire what is old"
-        )
-    return artifacts
 
 
 def _say(line: str) -> None:

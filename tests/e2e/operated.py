@@ -45,6 +45,7 @@ class Operated:
             **inherited,
             "HOME": str(self.folder / "home"),
             "HF_TOKEN": SECRET,
+            "SEQMILL_TOKENS": json.dumps({"127.0.0.1": SECRET}),
             **{f"SEQMILL_{name}": value for name, value in chosen.items()},
             **self.extra,
         }

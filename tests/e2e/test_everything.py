@@ -1,16 +1,18 @@
 """The whole DAG as a user runs it: the command, a Prefect server, the launcher with two ranks, a server on loopback."""
 
-import json
 import os
 import signal
 import subprocess
-import sys
 from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 
+from flows.server import prefect_server
+from flows.settings import load_settings
 from tests.corpus.http_server import serving
 from tests.e2e.world import World
 
@@ -18,30 +20,6 @@ NODES = [
     "archive", "documents", "tokenizer", "tokens", "blocks", "pretrained", "conversations", "held_out", "examples",
     "evaluation_pretrained", "finetuned", "evaluation_finetuned", "adapter", "evaluation_adapter", "report",
 ]  # fmt: skip
-
-# Prefect as the store remembers it, read through a server by a process of its own: Prefect reads its settings at import.
-READ_RUNS = """
-import asyncio, json, sys
-from pathlib import Path
-from flows.server import prefect_server
-from flows.settings import load_settings
-
-async def read():
-    from prefect.client.orchestration import get_client
-    async with get_client() as client:
-        flows = await client.read_flow_runs()
-        tasks = await client.read_task_runs(limit=200)
-        artifacts = await client.read_artifacts(limit=200)
-        print(json.dumps({
-            "flows": [(run.name, run.state.name) for run in sorted(flows, key=lambda run: run.start_time)],
-            "tasks": [(str(run.flow_run_id), run.name, run.state.name) for run in sorted(tasks, key=lambda run: run.start_time)],
-            "order": [str(run.id) for run in sorted(flows, key=lambda run: run.start_time)],
-            "artifacts": sorted({artifact.key for artifact in artifacts}),
-        }))
-
-with prefect_server(load_settings()):
-    asyncio.run(read())
-"""
 
 
 @pytest.fixture(scope="module")
@@ -59,6 +37,32 @@ def first(world: World) -> Any:
     process.send_signal(signal.SIGKILL)
     process.communicate()
     return world.json("run", "small.yaml")
+
+
+@dataclass
+class Second:
+    """What the second run did, and Prefect as the store remembers it: runs, oldest first, and what they showed."""
+
+    rows: list[dict[str, Any]]
+    runs: list[dict[str, Any]]
+    tasks: list[dict[str, Any]]
+    artifacts: set[str]
+
+    def tasks_of(self, position: int) -> dict[str, str]:
+        run = self.runs[position]["id"]
+        return {task["name"]: task["state"]["name"] for task in self.tasks if task["flow_run_id"] == run}
+
+
+@pytest.fixture(scope="module")
+def second(world: World, first: Any) -> Second:
+    with prefect_server(load_settings(store=world.folder / "store")) as url:
+
+        def read(path: str, **body: Any) -> list[dict[str, Any]]:
+            return list(httpx.post(f"{url}/{path}/filter", json=body, trust_env=False).raise_for_status().json())
+
+        rows = replace(world, prefect_url=url).json("run", "small.yaml")
+        runs = read("flow_runs", sort="START_TIME_ASC")
+        return Second(rows, runs, read("task_runs", limit=200), {one["key"] for one in read("artifacts", limit=200)})
 
 
 def wait_for(process: "subprocess.Popen[str]", happened: Any) -> None:
@@ -79,7 +83,7 @@ def test_a_killed_run_is_resumed_and_what_was_finished_is_found(first: list[dict
 
 
 def test_pretraining_went_on_from_the_checkpoint(world: World, first: Any) -> None:
-    pretrained = world.json("show", "pretrained")
+    pretrained = world.json_here("show", "pretrained")
     assert pretrained["produced_by"]["resumed_from"] == 10
     assert pretrained["produced_by"]["num_ranks"] == 2
     losses = [row["validation_loss"] for row in pretrained["produced_by"]["metrics"] if "validation_loss" in row]
@@ -87,7 +91,7 @@ def test_pretraining_went_on_from_the_checkpoint(world: World, first: Any) -> No
 
 
 def test_the_ledger_counts_the_bad_line_and_every_token(world: World, first: Any) -> None:
-    documents, blocks = world.json("show", "documents")["stats"], world.json("show", "blocks")["stats"]
+    documents, blocks = world.json_here("show", "documents")["stats"], world.json_here("show", "blocks")["stats"]
     assert (documents["num_lines"], documents["num_documents"], documents["num_quarantined"]) == (601, 600, 1)
     for split in ("train", "validation"):
         counts = blocks[split]
@@ -96,28 +100,25 @@ def test_the_ledger_counts_the_bad_line_and_every_token(world: World, first: Any
 
 
 def test_held_out_conversations_are_not_trained_on(world: World, first: Any) -> None:
-    stats = world.json("show", "examples")["stats"]
+    stats = world.json_here("show", "examples")["stats"]
     assert (stats["num_conversations"], stats["num_in_held_out"]) == (200, 10)
 
 
-def test_the_second_run_finds_everything(world: World, first: list[dict[str, Any]]) -> None:
-    again = world.json("run", "small.yaml")
-    assert {row["status"] for row in again} == {"found"}
-    assert [row["key"] for row in again] == [row["key"] for row in first]
-    runs = json.loads(subprocess.check_output([sys.executable, "-c", READ_RUNS], env=world.environment, text=True))
-    states = {name: state for run, name, state in runs["tasks"] if run == runs["order"][-1]}
-    assert states == {f"small {name}": "Cached" for name in NODES}
-    built = {name: state for run, name, state in runs["tasks"] if run == runs["order"][-2]}
+def test_the_second_run_finds_everything(first: list[dict[str, Any]], second: "Second") -> None:
+    assert {row["status"] for row in second.rows} == {"found"}
+    assert [row["key"] for row in second.rows] == [row["key"] for row in first]
+    assert [(run["name"], run["state"]["name"]) for run in second.runs[-2:]] == [("small.yaml to report", "Completed")] * 2
+    assert second.tasks_of(-1) == {f"small {name}": "Cached" for name in NODES}
+    built = second.tasks_of(-2)
     assert (built["small blocks"], built["small adapter"]) == ("Cached", "Completed")
-    assert runs["flows"][-2:] == [["small.yaml to report", "Completed"]] * 2
     shown = {"report", "documents", "documents-ledger", "tokens-splits", "blocks-ledger", "blocks-shards", "examples-ledger"}
     shown |= {"run", "pretrained", "examples-mask", "evaluation-adapter", "report-page"}
     shown |= {"progress-archive", "progress-documents", "progress-tokens", "progress-pretrained", "progress-evaluation-finetuned"}
-    assert shown <= set(runs["artifacts"])
+    assert shown <= second.artifacts
 
 
 def test_a_change_rebuilds_only_what_stands_on_it(world: World, first: Any) -> None:
-    rows = world.json("plan", "small.yaml", "--set", "adapter.lora.rank=2")
+    rows = world.json_here("plan", "small.yaml", "--set", "adapter.lora.rank=2")
     assert {row["name"]: row["status"] for row in rows if row["status"] != "found"} == {
         "adapter": "build",
         "evaluation_adapter": "unknown",
@@ -127,7 +128,7 @@ def test_a_change_rebuilds_only_what_stands_on_it(world: World, first: Any) -> N
 
 
 def test_the_listing_is_documented_and_stable(world: World, first: Any) -> None:
-    rows = world.json("ls")
+    rows = world.json_here("ls")
     assert {row["kind"] for row in rows} == {
         "archive", "documents", "tokenizer", "tokens", "blocks", "pretrained", "examples", "finetuned", "adapter",
         "evaluation", "report",
@@ -138,13 +139,13 @@ def test_the_listing_is_documented_and_stable(world: World, first: Any) -> None:
 
 
 def test_every_artifact_is_whole_and_its_counts_add_up(world: World, first: Any) -> None:
-    verified = world.json("verify")
+    verified = world.json_here("verify")
     assert verified["problems"] == []
     assert verified["num_artifacts"] == len(list((world.folder / "store").glob("[!.]*/*/manifest.json")))
 
 
 def test_the_report_is_one_page_that_asks_nothing_of_the_network(world: World, first: Any) -> None:
-    page = Path(world.json("show", "report")["path"], "report.html").read_text()
+    page = Path(world.json_here("show", "report")["path"], "report.html").read_text()
     assert "<title>" in page
     assert 'src="http' not in page
     assert 'href="http' not in page
@@ -153,7 +154,7 @@ def test_the_report_is_one_page_that_asks_nothing_of_the_network(world: World, f
 
 @pytest.mark.parametrize("kind", ["pretrained", "adapter"])
 def test_a_trained_model_speaks(world: World, first: Any, kind: str) -> None:
-    said = world.json("generate", kind, "--prompt", "山里", "--max-new-tokens", "4")
+    said = world.json_here("generate", kind, "--prompt", "山里", "--max-new-tokens", "4")
     assert said["ref"].startswith(f"{kind}/")
     assert isinstance(said["text"], str)
 

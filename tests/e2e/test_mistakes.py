@@ -34,22 +34,22 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
     ],
 )
 def test_a_mistake_in_the_recipe_ends_with_2_before_anything_runs(world: World, setting: str, message: str) -> None:
-    error = world.seqmill("run", "small.yaml", "--set", setting, code=2)
+    error = world.here("run", "small.yaml", "--set", setting, code=2)
     assert message in error
     assert error.count("\n") == 1
     assert not (world.folder / "store").exists()
 
 
 def test_an_unknown_stage_and_an_unknown_recipe_end_with_2(world: World) -> None:
-    assert "nothing: the recipe has no such stage" in world.seqmill("run", "small.yaml", "--until", "nothing", code=2)
-    assert "no such recipe or .yaml file" in world.seqmill("run", "nothing", code=2)
-    assert "no preset and no file" in world.seqmill("run", "small.yaml", "--deepspeed", "zero9", code=2)
+    assert "nothing: the recipe has no such stage" in world.here("run", "small.yaml", "--until", "nothing", code=2)
+    assert "no such recipe or .yaml file" in world.seqmill("run", "nothing", code=2)  # as the shell sees it
+    assert "no preset and no file" in world.here("run", "small.yaml", "--deepspeed", "zero9", code=2)
 
 
 def test_a_deepspeed_file_that_sets_what_the_recipe_sets_ends_with_2(world: World) -> None:
     mine = world.folder / "mine.json"
     mine.write_text(json.dumps({"zero_optimization": {"stage": 2}, "optimizer": {"type": "Adam", "params": {"lr": 1.0}}}))
-    error = world.seqmill("run", "small.yaml", "--deepspeed", str(mine), code=2)
+    error = world.here("run", "small.yaml", "--deepspeed", str(mine), code=2)
     assert "optimizer" in error
     assert "mine.json" in error
 
@@ -81,8 +81,8 @@ def test_an_archive_that_cannot_be_worked_on_ends_with_1_and_is_kept(world: Worl
     assert last.startswith("error: ")
     assert message in last
     assert "Traceback" not in error
-    assert world.json("ls", "documents") == []
-    assert world.json("ls", "archive")[-1]["num_bytes"] == len(archive)
+    assert world.json_here("ls", "documents") == []
+    assert world.json_here("ls", "archive")[-1]["num_bytes"] == len(archive)
 
 
 def test_wrong_bytes_are_refused_with_both_digests(world: World) -> None:
@@ -95,7 +95,7 @@ def test_wrong_bytes_are_refused_with_both_digests(world: World) -> None:
 def test_a_tokenizer_without_the_end_of_document_token_is_refused(world: World) -> None:
     error = world.seqmill("run", "small.yaml", "--until", "tokens", "--set", "tokens.end_of_document=<eod>", code=1)
     assert "<eod>" in error.strip().splitlines()[-1]
-    assert len(world.json("ls", "tokenizer")) == 1
+    assert len(world.json_here("ls", "tokenizer")) == 1
 
 
 def test_one_worker_is_enough(world: World) -> None:
@@ -107,17 +107,17 @@ def test_one_worker_is_enough(world: World) -> None:
 def test_a_store_that_is_a_file_is_refused_by_every_command(world: World, command: list[str]) -> None:
     (world.folder / "file").touch()
     for store in ("file", "file/below"):
-        error = world.seqmill(*command, "--store", str(world.folder / store), code=2)
+        error = world.here(*command, "--store", str(world.folder / store), code=2)
         assert error.endswith("file is a file; name a folder with --store\n")
 
 
 def test_a_reference_to_nothing_is_said(world: World) -> None:
-    assert "seqmill ls" in world.seqmill("show", "pretrained/ffff", code=2)
-    assert "no such artifact" in world.seqmill("generate", "pretrained", "--prompt", "x", code=2)
+    assert "seqmill ls" in world.here("show", "pretrained/ffff", code=2)
+    assert "no such artifact" in world.here("generate", "pretrained", "--prompt", "x", code=2)
 
 
 def test_help_names_every_command(world: World) -> None:
-    text = world.seqmill("--help")
+    text = world.here("--help")
     assert all(command in text for command in ("run", "plan", "ls", "show", "verify", "generate", "ui", "demo-data", "recipes"))
 
 

@@ -1,7 +1,9 @@
 """A small world for end-to-end tests: a corpus and conversations written here, a recipe, the command as a user runs it."""
 
 import bz2
+import contextlib
 import hashlib
+import io
 import json
 import os
 import subprocess
@@ -10,6 +12,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import pytest
+
+from flows.settings import environment
 from tests.corpus.archives import tar_of_one
 from tests.corpus.http_server import Loopback, Published
 
@@ -120,3 +125,25 @@ class World:
 
     def json(self, *arguments: str) -> Any:
         return json.loads(self.seqmill(*arguments, "--json"))
+
+    def here(self, *arguments: str, code: int = 0) -> str:
+        """What ``seqmill`` says, in this process: half a second less where neither Prefect nor training is needed."""
+        from flows.cli import main
+
+        settings = {name: value for name, value in self.environment.items() if name.startswith("SEQMILL_")}
+        told, failed = io.StringIO(), io.StringIO()
+        with (
+            environment(settings),
+            contextlib.chdir(self.folder),
+            contextlib.redirect_stdout(told),
+            contextlib.redirect_stderr(failed),
+            pytest.MonkeyPatch.context() as patch,
+        ):
+            patch.setattr(sys, "argv", ["seqmill", *arguments])
+            with pytest.raises(SystemExit) as ended:
+                main()
+        assert (ended.value.code or 0) == code, failed.getvalue()
+        return told.getvalue() if code == 0 else failed.getvalue()
+
+    def json_here(self, *arguments: str) -> Any:
+        return json.loads(self.here(*arguments, "--json"))
