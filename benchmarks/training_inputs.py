@@ -112,7 +112,7 @@ def read_inputs(description: str | None) -> Inputs:
         store=ArtifactStore(told.store),
         machine=Machine(training=settings),
         rows=RowsSpec(num_rows=told.steps * told.batch_size, block_size=told.block_size, vocab_size=told.vocab_size),
-        config=_config(told),
+        config=qwen_config(told.hidden, told.layers, told.vocab_size, told.block_size, queries_a_key=3),
         optimization={
             "global_batch_size": told.batch_size,
             "num_steps": told.steps,
@@ -123,16 +123,17 @@ def read_inputs(description: str | None) -> Inputs:
     )
 
 
-def _config(told: argparse.Namespace) -> dict[str, Any]:
+def qwen_config(hidden: int, layers: int, vocab_size: int, block_size: int, queries_a_key: int) -> dict[str, Any]:
+    """A Qwen2-shaped model with heads 32 wide; so many heads of queries share one of keys."""
     return {
         "model_type": "qwen2",
-        "hidden_size": told.hidden,
-        "intermediate_size": told.hidden * 8 // 3,
-        "num_hidden_layers": told.layers,
-        "num_attention_heads": told.hidden // 32,
-        "num_key_value_heads": max(1, told.hidden // 96),
-        "vocab_size": told.vocab_size,
-        "max_position_embeddings": told.block_size,
+        "hidden_size": hidden,
+        "intermediate_size": hidden * 8 // 3,
+        "num_hidden_layers": layers,
+        "num_attention_heads": hidden // 32,
+        "num_key_value_heads": max(1, hidden // 32 // queries_a_key),
+        "vocab_size": vocab_size,
+        "max_position_embeddings": block_size,
         "tie_word_embeddings": True,
     }
 

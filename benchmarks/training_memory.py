@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from benchmarks.ranks import peak_path
-from benchmarks.training_inputs import RowsSpec, write_blocks
+from benchmarks.training_inputs import RowsSpec, qwen_config, write_blocks
 from tasks.machine import Machine, TrainingSettings
 from tasks.store import ArtifactStore, Work
 from tasks.store.origin import environment
@@ -80,17 +80,7 @@ def estimate_of(case: Case, spec: OptimizationSpec, num_ranks: int, deepspeed: d
 
 
 def config_of(case: Case) -> dict[str, Any]:
-    return {
-        "model_type": "qwen2",
-        "hidden_size": case.hidden,
-        "intermediate_size": case.hidden * 8 // 3,
-        "num_hidden_layers": case.layers,
-        "num_attention_heads": case.hidden // 32,
-        "num_key_value_heads": case.hidden // 64,
-        "vocab_size": case.vocab_size,
-        "max_position_embeddings": case.block_size,
-        "tie_word_embeddings": True,
-    }
+    return qwen_config(case.hidden, case.layers, case.vocab_size, case.block_size, queries_a_key=2)
 
 
 def main() -> None:
