@@ -10,7 +10,7 @@ import fcntl
 import os
 import platform
 import re
-import threading
+import secrets
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -38,7 +38,7 @@ class Cache:
             if not path.exists() or path.read_bytes() != data:
                 path.parent.mkdir(parents=True, exist_ok=True)
                 # Not waited for until it is on disk: one that a power cut takes is asked for again, and there may be 100,000.
-                partial = path.with_name(f".{path.name}.{os.getpid()}.{threading.get_ident()}.partial")
+                partial = path.with_name(f".{path.name}.{secrets.token_hex(4)}.partial")
                 partial.write_bytes(data)
                 partial.rename(path)
                 _date(path.parent, manifest)

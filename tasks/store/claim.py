@@ -13,6 +13,7 @@ is put only where none is, tells which of the two made the artifact.
 import logging
 import os
 import platform
+import sys
 import threading
 import time
 import uuid
@@ -71,7 +72,7 @@ def _take(bucket: Bucket, folder: str, own: Holder) -> int:
     if _create(bucket, f"{folder}/0", own):  # as nearly always
         return 0
     seen: tuple[int, Holder] | None = None
-    since, is_told = time.monotonic(), False
+    since, is_told = _now(), False
     while True:
         now = _newest(bucket, folder)
         if now is None or _is_dead(now, seen, since, own):
@@ -80,7 +81,7 @@ def _take(bucket: Bucket, folder: str, own: Holder) -> int:
                 return term
             continue
         if now != seen:
-            seen, since = now, time.monotonic()
+            seen, since = now, _now()
         if not is_told:
             log.info("%s: %s builds it; waiting", folder.removeprefix(f"{CLAIMS}/")[:24], now[1].host)
             is_told = True
@@ -88,7 +89,7 @@ def _take(bucket: Bucket, folder: str, own: Holder) -> int:
 
 
 def _is_dead(now: tuple[int, Holder], seen: tuple[int, Holder] | None, since: float, own: Holder) -> bool:
-    return now[1].cache == own.cache or (now == seen and time.monotonic() - since >= now[1].seconds)
+    return now[1].cache == own.cache or (now == seen and _now() - since >= now[1].seconds)
 
 
 def _newest(bucket: Bucket, folder: str) -> tuple[int, Holder] | None:
@@ -113,6 +114,11 @@ def _release(bucket: Bucket, folder: str, term: int) -> None:
         log.warning("%s; the claim ends by itself", error)
 
 
+def _now() -> float:
+    """Seconds that go on while the machine is suspended, unlike Python's monotonic ones on Linux."""
+    return time.clock_gettime(time.CLOCK_BOOTTIME) if sys.platform == "linux" else time.monotonic()
+
+
 class _Renewal(threading.Thread):
     """Raises a claim's count for as long as the build runs."""
 
@@ -123,17 +129,17 @@ class _Renewal(threading.Thread):
         self._ended = threading.Event()
 
     def run(self) -> None:
-        renewed = time.monotonic()
+        renewed = _now()
         while not self._ended.wait(self.own.seconds / RENEWALS):
             try:
                 # A process that slept past its time (a suspended laptop) must not write to a term that may be another's by now.
-                if time.monotonic() - renewed >= self.own.seconds or self.bucket.get(f"{self.folder}/{self.term + 1}"):
+                if _now() - renewed >= self.own.seconds or self.bucket.get(f"{self.folder}/{self.term + 1}"):
                     self.is_lost = True
                     log.warning("%s: the claim was lost to another builder; the first to finish is kept", self.folder)
                     return
                 self.own = replace(self.own, count=self.own.count + 1)
                 self.bucket.put(f"{self.folder}/{self.term}", self.own.spelled())
-                renewed = time.monotonic()
+                renewed = _now()
             except StoreError as error:
                 log.warning("%s; the claim is not renewed for now", error)
 

@@ -5,6 +5,7 @@ import hashlib
 import json
 import math
 import os
+import secrets
 from collections.abc import Callable
 from io import RawIOBase
 from pathlib import Path
@@ -99,7 +100,8 @@ def _state(path: Path) -> list[int]:
 def write_atomically(path: Path, data: bytes) -> None:
     """Write ``data`` to ``path``, which appears whole, on disk, or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    # By chance, not by the process's number: two threads, or two containers on one folder, may have the same.
+    partial = path.with_name(f".{path.name}.{secrets.token_hex(4)}.partial")
     with partial.open("wb") as target:
         target.write(data)
         target.flush()

@@ -3,9 +3,10 @@
 Reads   <root>/.pins, <root>/.runs, manifests
 Writes  <root>/.trash/<time in ns>/<kind>/<key>
 
-Kept is what a pin or one of a recipe's last runs names, what was found or built within the grace or since the oldest living
-lease began (tasks.store.lease), and all that these list or were made from. All of it is decided and moved behind the gate:
-no find is under way meanwhile. What is asked for again before the trash is emptied is taken back out of it.
+Kept is what a pin or one of a recipe's last runs names; what was found, built or begun within the grace, since the oldest
+living lease began (tasks.store.lease), or since a run began that stopped on its way; and all that these list or were made
+from. All of it is decided and moved behind the gate: no find is under way meanwhile. What is asked for again before the trash
+is emptied is taken back out of it.
 """
 
 import contextlib
@@ -13,7 +14,6 @@ import fcntl
 import logging
 import os
 import shutil
-import time
 from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -25,9 +25,9 @@ import orjson
 
 from tasks.errors import StoreError
 from tasks.store.artifact import MANIFEST_NAME
-from tasks.store.lease import collecting, oldest_lease
+from tasks.store.lease import clock_ns, collecting, oldest_lease
 from tasks.store.origin import folder_bytes
-from tasks.store.pins import last_refs, pins
+from tasks.store.pins import last_refs, pins, unfinished_since
 from tasks.store.records import Records
 from tasks.store.store import TRASH, ArtifactStore
 
@@ -56,6 +56,7 @@ class Collected:
     num_kept: int
     num_in_use: int  # of those kept, the ones that only their last use keeps
     in_use_since: float | None  # when the oldest living lease began, in seconds since 1970
+    unfinished_since: float | None  # when the earliest run began that stopped on its way
     deleted_bytes: int
     trash_bytes: int
 
@@ -72,9 +73,9 @@ def collect(store: ArtifactStore, *, keep_last: int, grace_seconds: float, dry_r
 
     Raises StoreError where neither a pin nor a recorded run says what is needed: all of the store would go.
     """
-    now_ns = time.time_ns()
-    with collecting(store.root):
-        marking = Marking(store, keep_last, now_ns / 1e9 - grace_seconds)
+    with collecting(store.root), _told(store.root):
+        now_ns = clock_ns(store.root)
+        marking = Marking(store, keep_last, now_ns / 1e9, grace_seconds)
         moved = marking.moved()
         batch = store.root / TRASH / str(now_ns)
         if not dry_run:
@@ -89,6 +90,7 @@ def collect(store: ArtifactStore, *, keep_last: int, grace_seconds: float, dry_r
         num_kept=marking.num_kept,
         num_in_use=marking.num_in_use,
         in_use_since=marking.lease,
+        unfinished_since=marking.unfinished,
         deleted_bytes=empty_trash(store.root, now_ns, grace_seconds, dry_run),
         trash_bytes=folder_bytes(store.root / TRASH),
     )
@@ -100,8 +102,10 @@ class Marking:
 
     store: ArtifactStore
     keep_last: int
-    begin: float  # what was used since is kept
+    now: float  # seconds since 1970
+    grace_seconds: float  # what was used within it is kept
     lease: float | None = None
+    unfinished: float | None = None
     num_in_use: int = 0
     reached: dict[str, set[bytes]] = field(default_factory=lambda: defaultdict(set))
 
@@ -109,8 +113,12 @@ class Marking:
         root = self.store.root
         self.records = Records(root)
         self.lease = oldest_lease(root)
-        self.cutoff = min(self.begin, self.lease) if self.lease is not None else self.begin
-        roots = {str(pinned.get("ref")) for pinned in pins(root)} | last_refs(root, self.keep_last)
+        self.unfinished = unfinished_since(root, self.now)
+        # A microsecond later: without any grace, what was made in this very tick of the clock is not in use either.
+        begin = self.now - self.grace_seconds + 1e-6
+        self.cutoff = min(when for when in (begin, self.lease, self.unfinished) if when is not None)
+        roots = {str(pinned.get("ref")) for pinned in pins(root, is_strict=True)}
+        roots |= last_refs(root, self.keep_last, is_strict=True)
         if not roots:
             raise StoreError(
                 f"{root}: no pin and no recorded run says what is needed, and all of it would be collected; "
@@ -203,10 +211,11 @@ def empty_trash(root: Path, now_ns: int, grace_seconds: float, dry_run: bool) ->
 
 
 def _move(root: Path, name: str, batch: Path) -> bool:
-    """Rename into the trash; staging only under the lock of its builder, so that none begins in it meanwhile."""
+    """Rename into the trash, but for what somebody is building, perhaps anew since it was looked at."""
     *parents, kind, key = name.split("/")
-    is_staging = parents == [".staging"]
-    with _try_lock(root / ".locks" / f"{kind}-{key}") if is_staging else contextlib.nullcontext(True) as is_free:
+    lock = root / ".locks" / f"{kind}-{key}"
+    # Nobody begins to build an artifact meanwhile, for that a find has to come first; in its staging, perhaps.
+    with _try_lock(lock) if parents == [".staging"] or lock.exists() else contextlib.nullcontext(True) as is_free:
         if not is_free:
             return False
         (batch / name).parent.mkdir(parents=True, exist_ok=True)
@@ -215,6 +224,17 @@ def _move(root: Path, name: str, batch: Path) -> bool:
         except FileNotFoundError:  # built to its end, or set aside, meanwhile
             return False
         return True
+
+
+@contextmanager
+def _told(root: Path) -> Iterator[None]:
+    """Turns what the file system refuses the collector into a StoreError."""
+    try:
+        yield
+    except OSError as error:
+        raise StoreError(
+            f"{error.filename or root}: {error.strerror or error}; mend that and run gc again: what it moved can be had back"
+        ) from error
 
 
 def _remove_locks(root: Path, cutoff: float) -> None:

@@ -2,6 +2,7 @@
 
 Writes  <root>/.leases/<host>-<pid>-<number>   held with flock(2) by a process that finds or builds; dies with it
         <root>/.leases/gate                    shared by finds, alone for the collector's renames
+        <root>/.leases/clock                   touched to learn what time it is where the store's files are dated
 
 What was found or committed since the oldest living lease began is not collected, however short the grace.
 """
@@ -17,10 +18,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from tasks.errors import StoreError
+
 log = logging.getLogger(__name__)
 
 LEASES = ".leases"
-GATE = "gate"
+GATE, CLOCK = "gate", "clock"
 # A process that uses more stores than this one after the other is a suite of tests: the oldest leases end.
 MOST_LEASES = 64
 
@@ -34,18 +37,39 @@ def passing(root: Path) -> Iterator[None]:
 
     A store that is not there yet, or that cannot be written, has no collector to keep off.
     """
-    with _locked_gate(root, fcntl.LOCK_SH) as is_open:
-        if is_open:
-            _hold_lease(root)
+    try:
+        handle = _open_gate(root)
+    except OSError:
         yield
+        return
+    try:
+        _lock_gate(root, handle, fcntl.LOCK_SH)
+        _hold_lease(root)
+        yield
+    finally:
+        os.close(handle)
 
 
 @contextmanager
 def collecting(root: Path) -> Iterator[None]:
-    """While the collector moves things: no find is under way, and none begins."""
-    (root / LEASES).mkdir(parents=True, exist_ok=True)
-    with _locked_gate(root, fcntl.LOCK_EX):
+    """While the collector moves things: no find is under way, and none begins. Raises StoreError where that cannot be had."""
+    try:
+        (root / LEASES).mkdir(parents=True, exist_ok=True)
+        handle = _open_gate(root)
+    except OSError as error:
+        raise StoreError(f"{root}: cannot be collected ({error.strerror}); nothing was touched: mend its rights") from error
+    try:
+        _lock_gate(root, handle, fcntl.LOCK_EX)
         yield
+    finally:
+        os.close(handle)
+
+
+def clock_ns(root: Path) -> int:
+    """Now, in ns since 1970, by the clock that dates the store's files: a file server's may be another than this machine's."""
+    path = root / LEASES / CLOCK
+    path.touch()
+    return path.stat().st_mtime_ns
 
 
 def oldest_lease(root: Path) -> float | None:
@@ -69,18 +93,14 @@ def end_lease(root: Path) -> None:
             os.close(handle)
 
 
-@contextmanager
-def _locked_gate(root: Path, mode: int) -> Iterator[bool]:
-    try:
-        handle = _open_gate(root)
-    except OSError:
-        yield False
-        return
+def _lock_gate(root: Path, handle: int, mode: int) -> None:
     try:
         fcntl.flock(handle, mode)
-        yield True
-    finally:
-        os.close(handle)
+    except OSError as error:
+        raise StoreError(
+            f"{root}: its file system locks no files ({error.strerror}); "
+            f"name it as file://{root}, which needs no locks there, or mount it with flock"
+        ) from error
 
 
 def _open_gate(root: Path) -> int:

@@ -96,6 +96,9 @@ class ArtifactStore:
         except (ValidationError, OSError) as error:
             log.warning("%s: unreadable manifest (%s); the artifact counts as absent", path, type(error).__name__)
             return None
+        if (manifest.kind, manifest.key) != (kind, key):
+            log.warning("%s: the manifest of %s/%s; the artifact counts as absent", path, manifest.kind, manifest.key[:12])
+            return None
         return Artifact(self.root, manifest, found=True)
 
     def damage(self, artifact: Artifact, digests: bool = False) -> str | None:
@@ -210,7 +213,8 @@ class ArtifactStore:
         """
         kind, key = identity["kind"], digest_json(identity)
         staging = self.staging(kind, key)
-        shutil.rmtree(staging / SCRATCH_NAME, ignore_errors=True)
+        with contextlib.suppress(FileNotFoundError):  # what cannot be removed must not become the artifact's
+            shutil.rmtree(staging / SCRATCH_NAME)
         files = tuple(_entries(staging, known))
         manifest = Manifest(
             kind=kind,

@@ -24,7 +24,7 @@ import orjson
 ENVIRONMENT = "SEQMILL_FAULTS"  # carries a Watch from the harness to the build and on to its pool
 WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT
 KEY = re.compile(r"\b([0-9a-f]{12})[0-9a-f]{52}\b")
-PID = re.compile(r"\.\d+\.partial$")
+CHANCE = re.compile(r"\.[0-9a-f]{8}\.partial$")
 
 Victim = Literal["self", "parent", "tree", "stopped"]
 
@@ -113,7 +113,7 @@ class _Hook:
     def see(self, what: str, path: str) -> None:
         if not path.startswith(self.root):
             return
-        path = PID.sub(".pid.partial", KEY.sub(r"\1", path.removeprefix(self.root)))
+        path = CHANCE.sub(".partial", KEY.sub(r"\1", path.removeprefix(self.root)))
         self.counts[f"{what} {path}"] += 1
         event = f"{what} {path} {self.counts[f'{what} {path}']}"
         if self.kill and self.kill.event == event:

@@ -2,6 +2,7 @@
 
 import multiprocessing
 import os
+import shutil
 from functools import partial
 from pathlib import Path
 
@@ -207,3 +208,24 @@ def test_a_reference_is_a_kind_a_key_or_the_start_of_one(store: ArtifactStore) -
     for ref in ("nothing", "word/ffff", "word/"):
         with pytest.raises(RefError, match="seqmill ls"):
             store.resolve(ref)
+
+
+def test_an_artifact_that_was_copied_to_another_key_is_not_found_there(store: ArtifactStore) -> None:
+    first, other = (build_word(store, Machine(), WordSpec(word=word)) for word in "ab")
+    shutil.rmtree(other.path)
+    shutil.copytree(first.path, other.path)
+    again = build_word(store, Machine(), WordSpec(word="b"))
+    assert (again.found, again.file("word.txt").read_text()) == (False, "b")
+
+
+@stage("stuck", revision=1)
+def build_stuck(work: Work, spec: ListSpec) -> Built:
+    """As on NFS, where a file that is open in another process is removed only by name."""
+    (work.folder / ".scratch").write_text("no folder")
+    return Built()
+
+
+def test_scratch_that_cannot_be_removed_does_not_become_the_artifact_s(store: ArtifactStore) -> None:
+    with pytest.raises(StoreError, match="mend that and run again"):
+        build_stuck(store, Machine(), ListSpec())
+    assert list(store.artifacts()) == []
