@@ -9,6 +9,7 @@ import time
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
+from uuid import UUID
 
 import httpx
 from prefect.client.orchestration import get_client
@@ -24,6 +25,8 @@ log = logging.getLogger(__name__)
 
 POLL_SECONDS = 1.0
 REPORT_SECONDS = 10.0  # for the engine to tell the server how the run ended
+LIFE_SECONDS = 10.0  # no stage can begin while the run is told as crashed
+NO_HEARTBEAT = "no heartbeat"  # how the message of deployments/automations.yaml begins
 AWAITING = "AwaitingTurn"
 
 
@@ -33,7 +36,9 @@ def under_worker() -> Iterator[None]:
     if not is_started_by_worker():
         yield
         return
-    threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
+    context = FlowRunContext.get()
+    run = context.flow_run.id if context and context.flow_run else None
+    threading.Thread(target=_end_with, args=(os.getppid(), run), daemon=True).start()
     try:
         yield
     except StoppedError as stopped:
@@ -68,16 +73,32 @@ def _tell(state: State[None]) -> None:
         log.warning("prefect: not told that this run is %s: %s", state.name, error)
 
 
-def _end_with(worker: int) -> None:
+def _end_with(worker: int, run: UUID | None) -> None:
     """End this process when its worker is gone, by SIGTERM: ranks save a checkpoint, and the engine reports the run Crashed.
 
     Nobody could cancel it any more, and the next worker would start the run a second time beside it.
     """
+    looked = time.monotonic()
     while os.getppid() == worker and _is_of_prefect(worker):
         time.sleep(POLL_SECONDS)
+        if run and time.monotonic() - looked >= LIFE_SECONDS:
+            _say_that_it_lives(run)
+            looked = time.monotonic()
     os.kill(os.getpid(), signal.SIGTERM)
     time.sleep(load_settings().stop_seconds + REPORT_SECONDS)
     os._exit(1)
+
+
+def _say_that_it_lives(run: UUID) -> None:
+    """Take back that the run crashed, where only its heartbeats were missed: the server was away, or the machine slept."""
+    try:
+        with get_client(sync_client=True) as client:
+            state = client.read_flow_run(run).state
+            if state and state.is_crashed() and (state.message or "").startswith(NO_HEARTBEAT):
+                client.set_flow_run_state(run, State(type=StateType.RUNNING, name="Running"), force=True)
+                log.warning("prefect: this run was told as crashed, for the server heard nothing of it; it is under way")
+    except httpx.HTTPError:  # away still
+        pass
 
 
 def _is_of_prefect(pid: int) -> bool:

@@ -1,4 +1,4 @@
-"""verify-flow and gc-flow: the upkeep of a store on a schedule, told in Prefect's UI; by hand, `seqmill verify` and `seqmill gc`."""
+"""verify-flow and gc-flow: the upkeep of a store on a schedule, told in the UI; by hand, `seqmill verify` and `seqmill gc`."""
 
 from dataclasses import replace
 from typing import Annotated, Any

@@ -53,10 +53,12 @@ def test_a_work_pool_is_set_up_by_editing_two_lines(names: list[str]) -> None:
 
 
 def test_the_crash_of_a_run_is_seen_after_three_heartbeats_of_its_worker() -> None:
+    from flows.deployed import NO_HEARTBEAT
     from flows.up import WORKER_ENVIRONMENT
 
     (crashed,) = yaml.safe_load((FOLDER / "automations.yaml").read_text())["automations"]
     assert crashed["trigger"]["within"] == 3 * int(WORKER_ENVIRONMENT["PREFECT_FLOWS_HEARTBEAT_FREQUENCY"])
+    assert crashed["actions"][0]["message"].startswith(NO_HEARTBEAT)
 
 
 def test_every_variable_of_the_kubernetes_job_is_one_that_it_has() -> None:

@@ -180,6 +180,15 @@ def test_a_run_that_says_nothing_any_more_is_crashed(up: Operated, first: str) -
     up.up()
 
 
+def test_a_run_that_was_told_as_crashed_while_the_server_was_away_goes_on(up: Operated, first: str) -> None:
+    run = training(up, seed=26)
+    told = {"type": "CRASHED", "message": "no heartbeat for 90 s"}  # what deployments/automations.yaml says of a run that lives
+    up.api(f"/flow_runs/{run}/set_state", {"state": told, "force": True})
+    assert up.state(run) == "Crashed"
+    wait_for(lambda: up.state(run) == "Running")
+    assert up.end(run) == "Completed"
+
+
 def test_the_store_is_kept_up_by_flows(up: Operated, first: str) -> None:
     def message(flow: str, ends: str, **parameters: Any) -> str:
         run = up.start(flow, **parameters)
