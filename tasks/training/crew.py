@@ -162,7 +162,8 @@ def _member(wire: Wire) -> Member | None:
         wire.send({"say": "refuse", "why": "another release of seqmill is installed here than on the node that leads"})
         log.warning("node %s (%s): another release of seqmill; turned away", hello.get("name"), wire.peer_address)
         return None
-    return Member(str(hello["name"]), int(hello["slots"]), wire)
+    slots = hello.get("slots")
+    return Member(str(hello.get("name")), slots, wire) if isinstance(slots, int) and slots > 0 else None
 
 
 _crews: dict[tuple[str, int], Crew] = {}
