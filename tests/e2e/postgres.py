@@ -27,12 +27,54 @@ def postgres_binaries() -> Path | None:
     return found[-1].parent if found else Path(on_path).parent if on_path else None
 
 
-@dataclass(frozen=True)
+@dataclass
 class Postgres:
-    """A server that runs."""
+    """A server that can be stopped and started again, over one folder."""
 
     binaries: Path
+    folder: Path
+    user: pwd.struct_passwd
     port: int
+    process: "subprocess.Popen[bytes] | None" = None
+
+    def make(self) -> None:
+        """Write the folder's first content."""
+        password = self.folder / "password"
+        password.write_text(PASSWORD)
+        os.chown(password, self.user.pw_uid, self.user.pw_gid)
+        made = self._run_as_user("initdb", "--username=seqmill", "--auth=scram-sha-256", f"--pwfile={password}",
+                                 "--encoding=UTF8", "--locale=C", "--no-sync")  # fmt: skip
+        assert made.wait(START_SECONDS) == 0, self.log_path.read_text()
+
+    def start(self) -> None:
+        options = ["listen_addresses=127.0.0.1", "unix_socket_directories=", "fsync=off"]
+        self.process = self._run_as_user("postgres", "-p", str(self.port), *(word for one in options for word in ("-c", one)))
+        ready = [str(self.binaries / "pg_isready"), "--host=127.0.0.1", f"--port={self.port}", "--quiet"]
+        end = time.monotonic() + START_SECONDS
+        while time.monotonic() < end and self.process.poll() is None:
+            if subprocess.run(ready, check=False).returncode == 0:
+                return
+            time.sleep(0.05)
+        raise AssertionError(f"PostgreSQL did not start: {self.log_path.read_text()[-2000:]}")
+
+    def stop(self) -> None:
+        """Send the clients away, and end."""
+        assert self.process
+        self.process.send_signal(signal.SIGINT)
+        self.process.wait(START_SECONDS)
+
+    @property
+    def log_path(self) -> Path:
+        return self.folder / "log"
+
+    def _run_as_user(self, program: str, *arguments: str) -> "subprocess.Popen[bytes]":
+        who = [str(os.getpid()), str(self.user.pw_uid), str(self.user.pw_gid)]
+        command = [str(self.binaries / program), "-D", str(self.folder / "data"), *arguments]
+        with self.log_path.open("ab") as log:
+            return subprocess.Popen(
+                [sys.executable, "-c", _SERVER, *who, *command],
+                stdout=log, stderr=log, stdin=subprocess.DEVNULL, start_new_session=True,
+            )  # fmt: skip
 
     @property
     def url(self) -> str:
@@ -77,22 +119,16 @@ def postgres(binaries: Path) -> Iterator[Postgres]:
     user = _user()
     # Below pytest's own folder another user could not look.
     folder = Path(tempfile.mkdtemp(prefix="seqmill-postgres-"))
-    os.chown(folder, user.pw_uid, user.pw_gid)
-    (port,) = free_ports(1)
-    server = Postgres(binaries, port)
     try:
-        _make(binaries, folder, user)
-        log_path = folder / "log"
-        command = [str(binaries / "postgres"), "-D", str(folder / "data"), "-p", str(port), "-c", "listen_addresses=127.0.0.1",
-                   "-c", "unix_socket_directories=", "-c", "fsync=off"]  # fmt: skip
-        process = _start(command, user, log_path)
+        os.chown(folder, user.pw_uid, user.pw_gid)
+        server = Postgres(binaries, folder, user, *free_ports(1))
+        server.make()
+        server.start()
         try:
-            _wait(server, process, log_path)
             server.tell("createdb", DATABASE)
             yield server
         finally:
-            process.send_signal(signal.SIGINT)  # "fast": clients are sent away
-            process.wait(START_SECONDS)
+            server.stop()
     finally:
         shutil.rmtree(folder)
 
@@ -102,36 +138,6 @@ def _user() -> pwd.struct_passwd:
         return pwd.getpwuid(os.getuid())
     names = {entry.pw_name: entry for entry in pwd.getpwall()}
     return names.get("postgres") or names["nobody"]
-
-
-def _make(binaries: Path, folder: Path, user: pwd.struct_passwd) -> None:
-    password = folder / "password"
-    password.write_text(PASSWORD)
-    os.chown(password, user.pw_uid, user.pw_gid)
-    made = _start(
-        [str(binaries / "initdb"), "-D", str(folder / "data"), "--username=seqmill", "--auth=scram-sha-256",
-         f"--pwfile={password}", "--encoding=UTF8", "--locale=C", "--no-sync"],
-        user, folder / "initdb-log",
-    )  # fmt: skip
-    assert made.wait(START_SECONDS) == 0, (folder / "initdb-log").read_text()
-
-
-def _start(command: list[str], user: pwd.struct_passwd, log_path: Path) -> subprocess.Popen[bytes]:
-    with log_path.open("wb") as log:
-        return subprocess.Popen(
-            [sys.executable, "-c", _SERVER, str(os.getpid()), str(user.pw_uid), str(user.pw_gid), *command],
-            stdout=log, stderr=log, stdin=subprocess.DEVNULL, start_new_session=True,
-        )  # fmt: skip
-
-
-def _wait(server: Postgres, process: "subprocess.Popen[bytes]", log_path: Path) -> None:
-    end = time.monotonic() + START_SECONDS
-    while time.monotonic() < end and process.poll() is None:
-        ready = [str(server.binaries / "pg_isready"), "--host=127.0.0.1", f"--port={server.port}", "--quiet"]
-        if subprocess.run(ready, check=False).returncode == 0:
-            return
-        time.sleep(0.05)
-    raise AssertionError(f"PostgreSQL did not start: {log_path.read_text()[-2000:]}")
 
 
 def _run(program: Path, *arguments: str) -> str:
