@@ -16,7 +16,7 @@ from typing import Any, Literal
 from tasks.cluster.connect import connect
 from tasks.cluster.engine import Engine, Handle, LostError
 from tasks.cluster.group import Order, Outcome
-from tasks.cluster.parcel import CacheHere, pack, unpack, versions
+from tasks.cluster.parcel import CacheHere, Stores, pack, unpack, versions
 from tasks.cluster.sizes import Sizes
 from tasks.errors import DiskSpaceError, StoreError, WorkerError
 from tasks.machine import Advance
@@ -120,6 +120,7 @@ class _Run:
         self.cluster, self.engine, self.patience = cluster, cluster.engine, cluster.patience
         self.function, self.items, self.label, self.advance = function, items, label, advance
         self.what = getattr(function, "__qualname__", type(function).__name__)
+        self.stores: Stores = {}
         self.waiting = deque(range(len(items)))
         self.again: deque[Group] = deque()
         self.out: dict[Handle, Group] = {}
@@ -169,7 +170,7 @@ class _Run:
 
     def _send(self, group: Group, numbers: list[int]) -> None:
         begun = time.monotonic()
-        work = pack((self.function, [(number, self.items[number]) for number in numbers]), self.cluster.cache)
+        work = pack((self.function, [(number, self.items[number]) for number in numbers]), self.cluster.cache, stores=self.stores)
         handle = self.engine.send(Order(versions(), self.cluster.cache, work))
         group.sent[handle], self.out[handle] = begun, group
 
@@ -206,7 +207,7 @@ class _Run:
 
     def _keep(self, group: Group, outcome: Outcome) -> None:
         assert outcome.packed is not None
-        self.done.update(unpack(outcome.packed))
+        self.done.update(unpack(outcome.packed, self.stores))
         for other in list(group.sent):
             self._end(other)
             self.engine.cancel(other)

@@ -1,7 +1,10 @@
 """Ray as an engine: a cluster's address, and as many slots as its nodes have CPUs."""
 
 import contextlib
-from collections.abc import Sequence
+import signal
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import ray
@@ -17,12 +20,23 @@ LOST = (
 )  # fmt: skip
 
 
+@contextmanager
+def own_signals() -> Iterator[None]:
+    """Ray takes SIGTERM from whoever starts it; a flow that is told to stop keeps what it has first."""
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        yield
+    finally:
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, before)
+
+
 class RayEngine:
     """This process as a driver of a cluster. A process has one at most."""
 
     def __init__(self, address: str | None) -> None:
         try:
-            if not ray.is_initialized():
+            with own_signals():
                 ray.init(address=address or "auto", log_to_driver=False, logging_level="warning", ignore_reinit_error=True)
         except (ConnectionError, ValueError, RuntimeError) as error:
             told = " ".join(str(error).split())[:200]

@@ -26,27 +26,38 @@ CacheHere = Callable[[], Path]
 SAME_PACKAGES = ("seqmill", "pyarrow", "tokenizers", "fastokens", "orjson", "rensa")
 
 
-def pack(value: Any, cache: CacheHere, *, is_result: bool = False) -> bytes:
-    """``value`` for another machine. is_result: who receives it need not look whether it has the store."""
+# Stores of this process by URL, which what comes back is of again.
+Stores = dict[str, SharedStore]
+
+
+def pack(value: Any, cache: CacheHere, *, stores: Stores | None = None, is_result: bool = False) -> bytes:
+    """``value`` for another machine.
+
+    stores: the shared ones that are met are entered. is_result: who receives it need not look whether it has the store.
+    """
     target = io.BytesIO()
-    _Packer(target, cache, None if is_result else platform.node()).dump(value)
+    _Packer(target, cache, {} if stores is None else stores, None if is_result else platform.node()).dump(value)
     return target.getvalue()
 
 
-def unpack(data: bytes) -> Any:
-    """What another machine packed, with artifacts of the stores as this one reaches them."""
-    return pickle.loads(data)  # noqa: S301 - the engine itself runs whatever its members send
+def unpack(data: bytes, stores: Stores | None = None) -> Any:
+    """What another machine packed, with artifacts of ``stores``; others are opened over this machine's cache."""
+    return _Unpacker(io.BytesIO(data), stores or {}).load()
 
 
 class _Packer(pickle.Pickler):
-    def __init__(self, target: io.BytesIO, cache: CacheHere, sender: str | None) -> None:
+    def __init__(self, target: io.BytesIO, cache: CacheHere, stores: Stores, sender: str | None) -> None:
         super().__init__(target, protocol=pickle.HIGHEST_PROTOCOL)
-        self.cache, self.sender = cache, sender
+        self.cache, self.stores, self.sender = cache, stores, sender
+
+    def persistent_id(self, value: Any) -> Any:
+        if not isinstance(value, SharedStore):
+            return None
+        bucket = value.bucket
+        self.stores[bucket.url] = value
+        return bucket.url, bucket.endpoint, value.claim_seconds, bucket.patience, self.cache
 
     def reducer_override(self, value: Any) -> Any:
-        if isinstance(value, SharedStore):
-            bucket = value.bucket
-            return _open_store, (bucket.url, bucket.endpoint, value.claim_seconds, bucket.patience, self.cache)
         if isinstance(value, SharedArtifact):
             return _shared_artifact, (value.store, value.manifest, value.found)
         if type(value) is Artifact:
@@ -54,8 +65,14 @@ class _Packer(pickle.Pickler):
         return NotImplemented
 
 
-def _open_store(url: str, endpoint: str | None, claim_seconds: float, patience: Patience, cache: CacheHere) -> SharedStore:
-    return _store_over(url, endpoint, claim_seconds, patience, cache())
+class _Unpacker(pickle.Unpickler):
+    def __init__(self, source: io.BytesIO, stores: Stores) -> None:
+        super().__init__(source)
+        self.stores = stores
+
+    def persistent_load(self, told: Any) -> SharedStore:
+        url, endpoint, claim_seconds, patience, cache = told
+        return self.stores.get(url) or _store_over(url, endpoint, claim_seconds, patience, cache())
 
 
 @lru_cache(maxsize=8)

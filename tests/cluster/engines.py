@@ -4,16 +4,17 @@ Each worker has a scratch folder of its own, which another cannot know of. All e
 """
 
 import os
-import signal
 import subprocess
 import sys
 import sysconfig
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
+
+import psutil
 
 from tests.store.s3 import free_ports
 
@@ -67,13 +68,21 @@ class Cluster:
             command = [SCRIPTS / "ray", "start", "--block", f"--address={self.address}", f"--node-ip-address={host}",
                        "--num-cpus=1", "--object-store-memory=80000000", "--disable-usage-stats"]  # fmt: skip
         self._start(name, command, prefix, {CACHE_VARIABLE: str(scratch / "cache"), "SEQMILL_CACHE": str(scratch / "cache")})
+        # One after the other: Ray's nodes time each other out where they start at once on two cores.
+        wait_for(lambda: answers(self.folder / f"{name}.log", "Registered to" if self.kind == "dask" else "Ray runtime started"))
 
     def kill_node(self, name: str) -> None:
         """All of a node's processes, at once."""
-        os.killpg(self.processes.pop(name).pid, signal.SIGKILL)
+        process = self.processes.pop(name)
+        with suppress(psutil.NoSuchProcess):
+            for one in psutil.Process(process.pid).children(recursive=True):
+                with suppress(psutil.NoSuchProcess):
+                    one.kill()
+        process.kill()
+        process.wait()
 
     def end(self) -> None:
-        for name in list(self.processes):
+        for name in reversed(list(self.processes)):
             self.kill_node(name)
 
     def _start(self, name: str, command: list[str | Path], prefix: tuple[str, ...], more: dict[str, str] | None = None) -> None:
