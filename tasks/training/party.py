@@ -75,10 +75,13 @@ class Party:
             else:
                 self._note_end(member, message)
                 self.code = self.code or int(message.get("code", 0))
-                if self.lost or self.code:
-                    process.kill()  # at once: its ranks wait for peers that are gone; they die with it
+                # At once: its ranks wait for peers that are gone, and die with it. Not where rank 0 may be sealing a checkpoint.
+                if self.lost or (self.code and not self.going):
+                    process.kill()
                 if not self.is_here and self._has_failed(process):
                     return  # ``end`` sees to the members
+        if self.is_here:
+            process.kill()
 
     def end(self) -> None:
         """Take the members' ranks down, and drop a member that does not answer."""
@@ -102,10 +105,10 @@ class Party:
             raise NodeLostError(f"{label}: node {', '.join(map(str, self.going))} leaves after step {stopped_step}")
 
     def _events(self) -> Iterator[tuple[Member | None, Message]]:
-        """What this party's nodes say while one runs; ENDING_SECONDS after this node's ranks no longer."""
+        """What this party's nodes say while one runs; for ENDING_SECONDS once this node's ranks have ended, or some failed."""
         deadline: float | None = None
         while self.is_here or self.running:
-            if deadline is None and not self.is_here:
+            if deadline is None and (self.code or not self.is_here):
                 deadline = time.monotonic() + ENDING_SECONDS
             left = None if deadline is None else max(0.0, deadline - time.monotonic())
             try:
