@@ -44,16 +44,11 @@ def prefect_server(settings: Settings, *, verbose: bool = False, port: int | Non
     Uses the server that PREFECT_API_URL names, or the store's that `seqmill up` started; where there is none, starts one
     on loopback and stops it at the end.
     """
-    if chosen := prefect_api_url():
-        with environment(prefect_environment(settings, None, verbose)):
-            yield chosen
+    if staying := staying_url(settings):
+        with environment(prefect_environment(settings, None if prefect_api_url() else staying, verbose)):
+            yield staying
         return
-    folder = prefect_folder(settings)
-    if staying := running(folder, "server"):
-        with environment(prefect_environment(settings, staying.url, verbose)):
-            yield staying.url
-        return
-    port = port or free_port()
+    folder, port = prefect_folder(settings), port or free_port()
     url = f"http://{LOOPBACK}:{port}/api"
     folder.mkdir(parents=True, exist_ok=True)
     with environment(prefect_environment(settings, url, verbose)):
@@ -62,6 +57,12 @@ def prefect_server(settings: Settings, *, verbose: bool = False, port: int | Non
             yield url
         finally:
             _stop(process)
+
+
+def staying_url(settings: Settings) -> str | None:
+    """The API of the server that PREFECT_API_URL names, or that `seqmill up` started; None where there is neither."""
+    service = running(prefect_folder(settings), "server")
+    return prefect_api_url() or (service.url if service else None)
 
 
 def prefect_folder(settings: Settings) -> Path:

@@ -74,9 +74,11 @@ def ui(port: Annotated[int, typer.Option(help="port on loopback")] = 4200, store
     """Serve the Prefect UI over the runs that this store remembers, until Ctrl-C."""
     import signal
 
-    from flows.server import prefect_server
+    from flows.server import prefect_server, staying_url
 
     settings = load_settings(store=store)
+    is_up = staying_url(settings) is not None
     with prefect_server(settings, port=port) as url:
-        out.print(f"Prefect UI at {url.removesuffix('/api')}   (Ctrl-C ends it)")
-        signal.pause()
+        out.print(f"Prefect UI at {url.removesuffix('/api')}   ({'it is up already' if is_up else 'Ctrl-C ends it'})")
+        if not is_up:
+            signal.pause()
