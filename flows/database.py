@@ -5,7 +5,7 @@ Only the server needs it. Workers and runs speak to the server, and get neither 
 
 import socket
 from collections.abc import Mapping
-from urllib.parse import urlsplit
+from urllib.parse import unquote, urlsplit
 
 from tasks.errors import SettingsError
 
@@ -30,22 +30,29 @@ def check_database(environment: Mapping[str, str]) -> str:
     """How a person names the database, without the password. Raises SettingsError where it cannot be used or reached."""
     url = database_url(environment)
     if url is None:
+        driver = next((environment[f"{prefix}DRIVER"] for prefix in PREFIXES if environment.get(f"{prefix}DRIVER")), SQLITE)
+        return "PostgreSQL" if driver == POSTGRESQL else "SQLite"
+    name = _name_of(environment)
+    scheme, _, rest = url.partition("://")
+    if scheme == SQLITE:
         return "SQLite"
-    parts = urlsplit(url)
-    if parts.scheme == SQLITE:
-        return "SQLite"
-    if parts.scheme != POSTGRESQL:
+    if scheme != POSTGRESQL:
+        raise SettingsError(f"{name}: begins with {scheme[:30]!r}; a server takes {POSTGRESQL}://USER:PASSWORD@HOST:PORT/NAME")
+    try:
+        parts = urlsplit(f"//{rest}")
+        host, port = unquote(parts.hostname or ""), parts.port or PORT
+    except ValueError:
         raise SettingsError(
-            f"{_name_of(environment)}: begins with {parts.scheme!r}; a server takes {POSTGRESQL}://USER:PASSWORD@HOST:PORT/NAME"
-        )
-    host, port = parts.hostname or "127.0.0.1", parts.port or PORT
-    told = f"PostgreSQL {parts.path.lstrip('/')} at {host}:{port}"
-    if not host.startswith("/"):
-        try:
-            socket.create_connection((host, port), REACH_SECONDS).close()
-        except OSError as error:
-            raise SettingsError(f"{told}: {error.strerror or error}; start it, or mend {_name_of(environment)}") from None
-    return told
+            f"{name}: no address with a port can be read; spell # or / of the password as %23, %2F"
+        ) from None
+    told = f"PostgreSQL {parts.path.lstrip('/')}"
+    if not host or host.startswith("/"):  # a socket of this machine, or as the query says
+        return told
+    try:
+        socket.create_connection((host, port), REACH_SECONDS).close()
+    except OSError as error:
+        raise SettingsError(f"{told} at {host}:{port}: {error.strerror or error}; start it, or mend {name}") from None
+    return f"{told} at {host}:{port}"
 
 
 def _name_of(environment: Mapping[str, str]) -> str:

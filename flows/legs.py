@@ -17,6 +17,7 @@ from flows.recipe import Recipe
 from tasks.errors import RecipeError, RefError, SettingsError, StoreError
 from tasks.store import Artifact, ArtifactStore, Digest
 
+ROOMS = ("corpus", "training", "report")
 REF = re.compile(r"(?P<kind>[a-z][a-z-]*)/(?P<key>[0-9a-f]{64})")
 
 
@@ -68,11 +69,11 @@ def pool_of(node: Node, pools: Mapping[str, str]) -> str:
     raise SettingsError(f"pools: no pool for the stage {node.name}; name one for {node.name}, {node.kind} or {room}")
 
 
-def check_pools(nodes: Iterable[Node], pools: Mapping[str, str]) -> None:
-    """Raise SettingsError for a name in ``pools`` that no stage of the recipe answers to."""
-    known = {name for node in nodes for name in (node.name, node.kind)} | {"corpus", "training", "report"}
+def check_pools(nodes: Iterable[Node], kinds: Iterable[str], pools: Mapping[str, str]) -> None:
+    """Raise SettingsError for a name in ``pools`` that neither a stage, nor a kind, nor a room answers to."""
+    known = {node.name for node in nodes} | {*kinds, *ROOMS}
     if stranger := next((name for name in pools if name not in known), None):
-        raise SettingsError(f"pools: {stranger!r} is no stage of the recipe; it has {', '.join(sorted(known))}")
+        raise SettingsError(f"pools: {stranger!r} is no stage; stages are {', '.join(sorted(known))}")
 
 
 def chosen(nodes: Sequence[Node], names: Iterable[str], given: Iterable[str]) -> tuple[Node, ...]:

@@ -4,8 +4,10 @@ import json
 import logging
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from typing import Any
 
+import httpx
 from prefect import flow
 from prefect.client.orchestration import SyncPrefectClient, get_client
 from prefect.client.schemas.objects import FlowRun
@@ -19,6 +21,7 @@ from flows.overrides import Overrides, dotted
 from flows.recipe import Recipe, load_recipe
 from flows.stages import REFERENCES, publish_references
 from tasks.errors import SettingsError, WorkerError
+from tasks.stages import TASKS
 
 log = logging.getLogger(__name__)
 
@@ -46,7 +49,7 @@ def pools_flow(
         loaded = load_recipe(recipe, dotted(overrides))
         nodes = nodes_of(loaded)
         places = {**POOLS, **(pools or {})}
-        check_pools(nodes, places)
+        check_pools(nodes, TASKS, places)
         rows = relay(loaded, ending_with(nodes, [until]), places)
         publish_references(loaded.name, rows)
     return rows
@@ -113,10 +116,11 @@ def _told(run: FlowRun, leg: Leg) -> str:
 def cancel(client: SyncPrefectClient, runs: Mapping[str, Leg]) -> None:
     """Cancel what has not ended yet."""
     for run in runs:
-        state = client.read_flow_run(run).state
-        if state is None or not state.is_final():
-            wanted = {"state": {"type": "CANCELLING", "message": "the run that started it has ended"}}
-            client.request("POST", f"/flow_runs/{run}/set_state", json=wanted)
+        with suppress(httpx.HTTPError):  # a server that is away; what this run ends for is told all the same
+            state = client.read_flow_run(run).state
+            if state is None or not state.is_final():
+                wanted = {"state": {"type": "CANCELLING", "message": "the run that started it has ended"}}
+                client.request("POST", f"/flow_runs/{run}/set_state", json=wanted)
 
 
 def references(client: SyncPrefectClient, run: str) -> dict[str, dict[str, Any]]:

@@ -33,6 +33,21 @@ def test_a_driver_that_prefect_does_not_know_is_refused_without_the_password(sch
     assert "secret" not in str(raised.value)
 
 
+@pytest.mark.parametrize("rest", ["prefect@/runs?host=/run/postgresql", "prefect@%2Frun%2Fpostgresql/runs"])
+def test_a_socket_of_this_machine_is_left_to_the_server(rest: str) -> None:
+    assert check_database({"PREFECT_API_DATABASE_CONNECTION_URL": f"postgresql+asyncpg://{rest}"}) == "PostgreSQL runs"
+
+
+def test_a_database_may_be_named_in_parts() -> None:
+    assert check_database({"PREFECT_SERVER_DATABASE_DRIVER": "postgresql+asyncpg"}) == "PostgreSQL"
+
+
+def test_a_password_that_cuts_the_address_is_told_without_it() -> None:
+    with pytest.raises(SettingsError, match="of the password as %23") as raised:
+        check_database({"PREFECT_API_DATABASE_CONNECTION_URL": "postgresql+asyncpg://prefect:secret#1@127.0.0.1/runs"})
+    assert "secret" not in str(raised.value)
+
+
 def test_a_database_that_does_not_answer_is_told_before_the_server_starts() -> None:
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = server.getsockname()[1]

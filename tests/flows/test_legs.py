@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from flows.dag import Node, ending_with, nodes_of
-from flows.legs import chosen, legs_of, pool_of, recipe_of, spelled, taken
+from flows.legs import check_pools, chosen, legs_of, pool_of, recipe_of, spelled, taken
 from flows.recipe import load_recipe, recipe_names
 from tasks.errors import RecipeError, RefError, SettingsError, StoreError
 from tasks.store import ArtifactStore
@@ -81,6 +81,13 @@ def test_a_stage_without_a_pool_is_the_users_mistake(minimal: Path) -> None:
     (pretrained,) = [node for node in nodes_until(str(minimal), "pretrained") if node.name == "pretrained"]
     with pytest.raises(SettingsError, match="pools: no pool for the stage pretrained; name one for pretrained, pretrained or tr"):
         pool_of(pretrained, {"corpus": "cpu"})
+
+
+def test_a_name_that_nothing_answers_to_is_refused_and_a_kind_that_the_recipe_has_not_is_none(minimal: Path) -> None:
+    nodes = nodes_until(str(minimal), "pretrained")
+    check_pools(nodes, ["evaluation"], {**POOLS, "evaluation": "cpu", "blocks": "large"})
+    with pytest.raises(SettingsError, match="pools: 'trainig' is no stage; stages are archive, blocks, corpus"):
+        check_pools(nodes, ["evaluation"], {"trainig": "gpu"})
 
 
 def test_what_is_neither_built_nor_given_is_told(minimal: Path) -> None:
