@@ -42,9 +42,7 @@ def check_database(environment: Mapping[str, str]) -> str:
         parts = urlsplit(f"//{rest}")
         host, port = unquote(parts.hostname or ""), parts.port or PORT
     except ValueError:
-        raise SettingsError(
-            f"{name}: no address with a port can be read; spell # or / of the password as %23, %2F"
-        ) from None
+        raise SettingsError(f"{name}: no address with a port can be read; spell # or / of the password as %23, %2F") from None
     told = f"PostgreSQL {parts.path.lstrip('/')}"
     if not host or host.startswith("/"):  # a socket of this machine, or as the query says
         return told
