@@ -23,6 +23,8 @@ from tasks.store.digest import READ_BYTES, write_all
 log = logging.getLogger(__name__)
 
 ARCHIVE_NAME = "archive"
+# An object store's: the MD5 of an object, or of its parts' MD5s and how many they are.
+MADE_FROM_BYTES = re.compile(r'etag:"[0-9a-f]{32}(-\d+)?"')
 
 
 class ArchiveSpec(Spec):
@@ -68,17 +70,26 @@ def identify_archive(spec: ArchiveSpec, store: ArtifactStore, machine: Machine) 
         _check_local(where)
         with machine.progress("digest", where.stat().st_size, "B") as advance:
             return f"sha256:{store.digests.digest(where, advance)}"
-    return _identify_remote(where, ask(where, machine.tokens))
+    return _identify_remote(spec.url, where, ask(where, machine.tokens))
 
 
-def _identify_remote(url: str, remote: Remote) -> str:
+def _identify_remote(name: str, url: str, remote: Remote) -> str:
     if remote.sha256:
         return f"sha256:{remote.sha256}"
     if remote.validator is None or remote.num_bytes is None:
         raise SourceError(
             f"{url}: the server gives no ETag, or no date and size; state the sha256 or md5 of the file in the recipe"
         )
-    return f"{remote.validator} {remote.num_bytes}"
+    return _called(name, remote.validator, remote.num_bytes)
+
+
+def _called(url: str, validator: str | None, num_bytes: int) -> str:
+    """What a server calls the bytes: an ETag that is made from them alone, or a name that holds at its address only.
+
+    Many servers make an ETag from date and size, which a folder of equally large files may share.
+    """
+    called = f"{validator} {num_bytes}"
+    return called if MADE_FROM_BYTES.fullmatch(validator or "") else f"{called} {url}"
 
 
 @stage("archive", revision=1, identify_source=identify_archive)
@@ -95,7 +106,7 @@ def build_archive(work: Work, spec: ArchiveSpec) -> Built:
         had = _copy(where, work)
     else:
         had = fetch(where, work.scratch, work.machine.progress, tokens=work.machine.tokens)
-    if not expected and work.source != f"{had.validator} {had.num_bytes}":
+    if not expected and work.source != _called(spec.url, had.validator, had.num_bytes):
         discard(work.scratch)
         raise SourceError(f"{spec.url}: changed on the server while it was fetched; run again")
     _verify(spec.url, had, expected, work.scratch)

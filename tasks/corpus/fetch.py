@@ -9,9 +9,11 @@ import hashlib
 import json
 import logging
 import shutil
+import ssl
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import TypeVar
 from urllib.parse import urlsplit
@@ -280,12 +282,18 @@ def _authorization(url: str, tokens: Mapping[str, str]) -> dict[str, str]:
     return {"Authorization": f"Bearer {token}"} if token else {}
 
 
+@lru_cache(maxsize=1)
+def _certificates() -> ssl.SSLContext:
+    """Read once: httpx reads some 150 certificates for every client otherwise."""
+    return httpx.create_ssl_context()
+
+
 @contextlib.contextmanager
 def _answer(method: str, url: str, headers: dict[str, str]) -> Iterator[httpx.Response]:
     # identity: the bytes as published, not packed once more for the way.
     with (
         _dropped(),
-        httpx.Client(follow_redirects=True, timeout=TIMEOUT) as client,
+        httpx.Client(follow_redirects=True, timeout=TIMEOUT, verify=_certificates()) as client,
         client.stream(method, url, headers={"Accept-Encoding": "identity", **headers}) as answer,
     ):
         yield answer

@@ -9,11 +9,17 @@ hf://datasets/owner/name/path[@revision]     a file of a Hugging Face dataset; w
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from urllib.parse import quote, unquote, urlencode, urlsplit
+from urllib.parse import parse_qsl, quote, unquote, urlencode, urlsplit
 
 ENDPOINTS = {"modelscope": "https://www.modelscope.cn", "huggingface": "https://huggingface.co"}
 
 FORMS = "https://..., file:..., a path, modelscope://owner/name/path[@revision] or hf://datasets/owner/name/path[@revision]"
+
+# What opens an address by itself: of S3, Google, Azure, CloudFront, and the usual names of tokens.
+SIGNATURES = frozenset(
+    ("x-amz-signature", "x-amz-security-token", "x-goog-signature", "signature", "sig", "token", "access_token", "api_key",
+     "apikey", "password")
+)  # fmt: skip
 
 _SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+):")
 _HUB_FILE = re.compile(r"(?P<owner>[^/@]+)/(?P<name>[^/@]+)/(?P<path>[^@]+?)(?:@(?P<revision>[^@]+))?")
@@ -36,6 +42,11 @@ def resolve(url: str, endpoints: Mapping[str, str]) -> Path | str:
         if parts.username is not None or parts.password is not None:
             # Not repeated: it would stand in the log, and from the recipe in every manifest.
             raise ValueError(f"an account in the address of {parts.hostname}; leave it out and put a token into SEQMILL_TOKENS")
+        if signed := sorted({name.lower() for name, _ in parse_qsl(parts.query)} & SIGNATURES):
+            raise ValueError(
+                f"a signed address of {parts.hostname} ({signed[0]}=...), which would stand in manifests and opens the file to "
+                "whoever reads it; put a token into SEQMILL_TOKENS, or fetch the file by hand and name its path"
+            )
         if not parts.hostname:
             raise ValueError(f"{url}: no host in it; write {FORMS}")
         return url

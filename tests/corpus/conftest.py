@@ -1,6 +1,6 @@
 """A store, and small artifacts to build on, for the tests of the corpus stages."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -8,10 +8,12 @@ import orjson
 import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
+from tasks.corpus import fetch
 from tasks.corpus.documents import DocumentsSpec, build_documents
 from tasks.corpus.tokenizer import TokenizerSpec, TokenizerTrainingSpec, build_tokenizer
 from tasks.machine import Machine
 from tasks.store import Artifact, ArtifactStore, Built, Spec, Work, digest_bytes, stage
+from tests.corpus.http_server import Loopback, serving
 
 SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 
@@ -38,6 +40,15 @@ def json_lines(texts: Sequence[str]) -> bytes:
 @pytest.fixture
 def store(tmp_path: Path) -> ArtifactStore:
     return ArtifactStore(tmp_path / "store")
+
+
+@pytest.fixture
+def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Loopback]:
+    """A server on loopback; what drops is asked for again at once."""
+    monkeypatch.setattr(fetch, "RETRY_WAITS_SECONDS", (0, 0, 0))
+    monkeypatch.setenv("NO_PROXY", "*")
+    with serving() as loopback:
+        yield loopback
 
 
 @pytest.fixture

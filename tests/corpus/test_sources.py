@@ -72,3 +72,12 @@ def test_a_relative_path_starts_at_the_current_directory(url: str, tmp_path: Pat
 def test_a_url_that_names_no_source_is_refused(url: str, problem: str) -> None:
     with pytest.raises(ValueError, match=problem):
         resolve(url, {})
+
+
+@pytest.mark.parametrize(
+    "query", ["X-Amz-Credential=me&X-Amz-Signature=planted", "sv=1&sig=planted", "token=planted", "a=1&access_token=planted"]
+)
+def test_an_address_that_opens_itself_is_refused_and_not_repeated(query: str) -> None:
+    with pytest.raises(ValueError, match="a signed address of host") as caught:
+        resolve(f"https://host/a?{query}", {})
+    assert "planted" not in str(caught.value)
