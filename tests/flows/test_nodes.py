@@ -12,7 +12,9 @@ from flows.settings import Settings, load_settings
 from tasks.errors import SettingsError
 
 ROOT = Path(__file__).parents[2]
-TELL = '#!/usr/bin/env bash\necho "$SEQMILL_NODE_RANK $SEQMILL_NODES $SEQMILL_RENDEZVOUS $SEQMILL_NUM_RANKS $SEQMILL_STORE $*" >>"$TOLD"\n'
+TELL = """#!/usr/bin/env bash
+echo "$SEQMILL_NODE_RANK $SEQMILL_NODES $SEQMILL_RENDEZVOUS $SEQMILL_NUM_RANKS $SEQMILL_STORE $*" >>"$TOLD"
+"""
 SRUN = """#!/usr/bin/env bash
 while [[ $1 == --* ]]; do shift; done
 for node in 0 1; do SLURM_NODEID=$node "$@"; done
