@@ -131,9 +131,11 @@ class SteppedTrainer(Trainer):
             row |= self.meter.read(step)
         if self.is_world_process_zero() and all(map(math.isfinite, row.values())):
             report_metrics(row)
-        if "loss" in logs and (halt := self.watch.judge(step, self.ranks)):
+        is_lost = not math.isfinite(row.get("validation_loss", 0.0))
+        # A step behind the last report may have spoilt the weights that a validation finds so.
+        if ("loss" in logs or is_lost) and (halt := self.watch.judge(step, self.ranks)):
             self._end_at(halt)
-        if not math.isfinite(row.get("validation_loss", 0.0)):
+        if is_lost:
             raise WorkerError(
                 f"{self.plan['label']}: the validation loss is not a number after step {step}; lower learning_rate or raise "
                 "warmup_steps"

@@ -8,13 +8,15 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import TrainerState
 
 from tasks.errors import WorkerError
 from tasks.machine import Machine, TrainingSettings
 from tasks.training.model import ModelSpec
 from tasks.training.order import RowOrder, Share
 from tasks.training.pretrained import PretrainedSpec, build_pretrained
-from tasks.training.saving import Ranks
+from tasks.training.saving import CheckpointWriter, Ranks
+from tasks.training.trainer import SteppedTrainer
 from tasks.training.watch import Halt, LossWatch
 from tests.training.small_inputs import QWEN, blocks_and_tokenizer
 
@@ -66,6 +68,32 @@ def test_a_step_that_ends_a_run_is_not_among_the_losses_that_are_kept() -> None:
     watched = watch()
     judged(watched, 6, *[(2.0, 2.0)] * 5, (90.0, 90.0))
     assert watched.known == [2.0] * 5
+
+
+class Reporting(SteppedTrainer):
+    """As much of a trainer as reports take, on one rank, after ``step`` steps."""
+
+    def __init__(self, folder: Path, step: int) -> None:
+        self.share, self.num_rows, self.ranks, self.watch = Share(0, 1, 2, 2), 8, OneRank(), watch()
+        self.plan = {"label": "pretrained", "halt_path": str(folder / "halt.json")}
+        self.state = TrainerState(global_step=step)
+        self.writer = CheckpointWriter(folder, {}, self.ranks)
+
+    def is_world_process_zero(self) -> bool:
+        return True
+
+
+def test_a_validation_that_is_no_number_is_told_by_the_step_that_spoilt_the_weights(tmp_path: Path) -> None:
+    trainer = Reporting(tmp_path, step=3)
+    for losses in ((2.0, 2.0), (math.nan, 2.0), (math.nan, math.nan)):
+        for loss in losses:
+            trainer.watch.note_loss(torch.tensor(loss / 2))
+        trainer.watch.note_norm(1.0)
+    with pytest.raises(WorkerError, match=r"^pretrained: step 2: the loss is not a number$"):
+        trainer.log({"validation_loss": math.nan})
+    assert json.loads((tmp_path / "halt.json").read_text())["rows"] == rows_of(2)[:2]
+    with pytest.raises(WorkerError, match=r"^pretrained: the validation loss is not a number after step 3; lower"):
+        Reporting(tmp_path, step=3).log({"validation_loss": math.nan})
 
 
 def spec(**fields: Any) -> PretrainedSpec:
