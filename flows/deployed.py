@@ -15,7 +15,7 @@ import httpx
 from prefect.client.orchestration import get_client
 from prefect.client.schemas.objects import State, StateType
 from prefect.context import FlowRunContext
-from prefect.exceptions import TerminationSignal
+from prefect.exceptions import PrefectException, TerminationSignal
 
 from flows.settings import is_started_by_worker, load_settings
 from flows.turn import turn
@@ -69,7 +69,7 @@ def _tell(state: State[None]) -> None:
     try:
         with get_client(sync_client=True) as client:
             client.set_flow_run_state(context.flow_run.id, state, force=True)
-    except httpx.HTTPError as error:  # the turn is worth more than what is shown of it
+    except (httpx.HTTPError, PrefectException) as error:  # the turn is worth more than what is shown of it
         log.warning("prefect: not told that this run is %s: %s", state.name, error)
 
 
@@ -97,8 +97,8 @@ def _say_that_it_lives(run: UUID) -> None:
             if state and state.is_crashed() and (state.message or "").startswith(NO_HEARTBEAT):
                 client.set_flow_run_state(run, State(type=StateType.RUNNING, name="Running"), force=True)
                 log.warning("prefect: this run was told as crashed, for the server heard nothing of it; it is under way")
-    except httpx.HTTPError:  # away still
-        pass
+    except Exception as error:  # away still, or the run was deleted; the watch over the worker is worth more
+        log.debug("prefect: cannot be asked whether this run is told as crashed: %s", error)
 
 
 def _is_of_prefect(pid: int) -> bool:
