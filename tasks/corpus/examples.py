@@ -66,11 +66,11 @@ def build_examples(
     """Tokenize, label, prove and pack every conversation that is not held out."""
     chat = load_chat(tokenizer.path)
     _check_system(spec, chat)
-    intakes = [Intake(conversations.file("archive"), spec.format, chat.special_pattern, "conversations")]
+    intakes = [Intake(conversations.file("archive"), spec.format, chat.special_pattern, "conversations", work.scratch)]
     stats: dict[str, Any] = {"block_size": spec.block_size, "vocab_size": chat.vocab_size}
     asked = HeldOut(chat, spec.system, spec.block_size)
     if held_out:
-        intakes.append(Intake(held_out.file("archive"), spec.format, chat.special_pattern, "held_out"))
+        intakes.append(Intake(held_out.file("archive"), spec.format, chat.special_pattern, "held_out", work.scratch))
         with _reading(work, intakes[1]) as advance:
             stats |= asked.write(work.folder / "held-out.arrow", intakes[1], advance)
         intakes[1].check(spec.max_quarantined_fraction)

@@ -6,18 +6,18 @@ Writes  quarantine.parquet   QUARANTINE
 
 import re
 from collections.abc import Iterator
+from itertools import chain
 from pathlib import Path
+from typing import Any
 
 import orjson
-import pyarrow as pa
-import pyarrow.parquet as pq
 
 from tasks.corpus.conversations import Format, parse_conversation
+from tasks.corpus.quarantine import Refusals, write_rows
 from tasks.corpus.reader import EXCERPT_BYTES, BadLine, read_records
 from tasks.corpus.turns import Conversation
 from tasks.errors import CorpusError
 from tasks.machine import Advance
-from tasks.schemas import QUARANTINE
 
 # When none of so many holds a conversation, the rest will not either.
 FIRST_LOOK = 1_000
@@ -26,10 +26,10 @@ FIRST_LOOK = 1_000
 class Intake:
     """Reads one archive; knows how many conversations it has read, and which lines were refused and why."""
 
-    def __init__(self, path: Path, form: Format, special: re.Pattern[str], name: str) -> None:
+    def __init__(self, path: Path, form: Format, special: re.Pattern[str], name: str, scratch: Path) -> None:
         self.path, self.form, self.special, self.name = path, form, special, name
         self.num_read = 0
-        self.refused: list[tuple[int, str, bytes]] = []
+        self.refused = Refusals(scratch / f"{name}-refused.jsonl")
 
     def read(self, advance: Advance, most: int | None = None) -> Iterator[tuple[int, Conversation]]:
         """The conversations with their line numbers; stops when ``most`` lines are read. Blank lines do not count."""
@@ -59,12 +59,12 @@ class Intake:
     def refuse(self, line: int, reason: str, record: object) -> None:
         """Put a line into quarantine."""
         excerpt = record.excerpt if isinstance(record, BadLine) else orjson.dumps(record, default=str)[:EXCERPT_BYTES]
-        self.refused.append((line, reason, excerpt))
+        self.refused.add(line, BadLine(reason, excerpt))
 
     def check(self, most_fraction: float) -> None:
         """Raises CorpusError where more than this fraction of what was read is in quarantine."""
         if len(self.refused) > most_fraction * self.num_read:
-            line, reason, _ = min(self.refused)
+            line, reason = self.refused.first()
             raise CorpusError(
                 f"{self.name}: {len(self.refused)} of {self.num_read} lines hold no conversation, more than the fraction "
                 f"{most_fraction:g} that may; the first is line {line}: {reason}; mend the archive, or raise "
@@ -74,9 +74,9 @@ class Intake:
 
 def write_quarantine(path: Path, *intakes: Intake) -> None:
     """Write what all of them refused, each in the order of its lines; a reason says of which archive, after the first."""
-    rows = [
-        {"line": line, "reason": reason if intake is intakes[0] else f"{intake.name}: {reason}", "excerpt": excerpt}
-        for intake in intakes
-        for line, reason, excerpt in sorted(intake.refused)
-    ]
-    pq.write_table(pa.Table.from_pylist(rows, schema=QUARANTINE), path, compression="zstd")
+    write_rows(chain.from_iterable(_told(intake, is_named=number > 0) for number, intake in enumerate(intakes)), path)
+
+
+def _told(intake: Intake, is_named: bool) -> Iterator[dict[str, Any]]:
+    for row in intake.refused.rows():
+        yield {**row, "reason": f"{intake.name}: {row['reason']}"} if is_named else row
