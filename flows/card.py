@@ -57,14 +57,23 @@ def title(model: Artifact, merged: bool) -> str:
 def use(model: Artifact, merged: bool) -> str:
     """Code that loads the folder."""
     if model.has_file("adapter_config.json") and not merged:
+        # PEFT has no such method, and knows it from then on.
+        first = "import tasks.training.adapters.bottleneck\n" if model.spec.get("method") == "bottleneck" else ""
         return (
-            "```python\nfrom peft import AutoPeftModelForCausalLM\n\n"
+            f"```python\n{first}from peft import AutoPeftModelForCausalLM\n\n"
             'model = AutoPeftModelForCausalLM.from_pretrained("this folder")\n```\n\n'
             "The base is named in adapter_config.json; the adapter means nothing on another."
         )
-    return (
-        '```python\nfrom transformers import pipeline\n\nask = pipeline("text-generation", "this folder")\n'
-        'ask([{"role": "user", "content": "..."}])\n```'
+    asked = '[{"role": "user", "content": "..."}]' if has_chat_template(model) else '"..."'
+    return f'```python\nfrom transformers import pipeline\n\nask = pipeline("text-generation", "this folder")\nask({asked})\n```'
+
+
+def has_chat_template(model: Artifact) -> bool:
+    """Whether the folder's tokenizer can put turns into a text."""
+    if model.has_file("chat_template.jinja"):
+        return True
+    return model.has_file("tokenizer_config.json") and bool(
+        json.loads(model.file("tokenizer_config.json").read_bytes()).get("chat_template")
     )
 
 

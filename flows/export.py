@@ -6,6 +6,7 @@ Writes  config.json, generation_config.json, *.safetensors, the tokenizer's file
 """
 
 import json
+import re
 import shutil
 import tempfile
 from pathlib import Path
@@ -24,6 +25,7 @@ from tasks.training.launch import run_worker
 
 ADAPTER_CONFIG = "adapter_config.json"
 MERGED = "merged/"
+COMMIT = re.compile(r"[0-9a-f]{40}")  # a digest of files here has 64 digits
 
 
 def export_model(store: ArtifactStore, machine: Machine, artifact: Artifact, target: Path, merged: bool) -> Path:
@@ -31,7 +33,7 @@ def export_model(store: ArtifactStore, machine: Machine, artifact: Artifact, tar
 
     Raises UserError where ``target`` holds something, or the adapter cannot be merged.
     """
-    target = target.expanduser().absolute()
+    target = target.expanduser().resolve()  # what a link leads to can be put in place, a link itself not
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise UserError(f"{target}: not an empty folder; name another, or empty it")
     folders_of(store, artifact)  # is it a model, and is its base there
@@ -74,7 +76,7 @@ def write_merged(store: ArtifactStore, machine: Machine, adapter: Artifact, fold
         if method not in MERGEABLE:
             raise UserError(f"{adapter.ref}: an adapter of method {method} cannot be merged; leave --merged out")
         for entry in adapter.manifest.files:
-            if not entry.name.startswith((MERGED, "adapter_")):
+            if "/" not in entry.name and not entry.name.startswith("adapter_"):
                 shutil.copyfile(adapter.file(entry.name), folder / entry.name)
         plan = {"base_dir": base.path, "adapter_dir": adapter.path, "output_dir": folder, "dtype": number_format(base.path)}
         path = folder.parent / "merge.json"
@@ -99,13 +101,15 @@ def name_base(store: ArtifactStore, adapter: Artifact, folder: Path) -> None:
         fields = orjson.loads(path.read_bytes())
     except orjson.JSONDecodeError as error:
         raise StoreError(f"{adapter.ref}: {ADAPTER_CONFIG} cannot be read ({error}); verify the store") from error
-    fields["base_model_name_or_path"] = base_name(base_of(store, adapter))
+    base = base_of(store, adapter)
+    commit = hub_commit(base)
+    # Its name on the hub where it came from there, and at which commit; else its folder in the store.
+    fields["base_model_name_or_path"] = base.manifest.produced_by["unkeyed"]["weights"] if commit else str(base.path)
+    fields["revision"] = commit
     path.write_bytes(orjson.dumps(fields, option=orjson.OPT_INDENT_2 | orjson.OPT_SORT_KEYS))
 
 
-def base_name(base: Artifact) -> str:
-    """A published model's name on the hub, where it came from there; else its folder in the store."""
-    told: dict[str, str] = base.manifest.produced_by.get("unkeyed", {}) if base.kind == "published" else {}
-    weights = told.get("weights", "")
-    is_local = not weights or ":" in weights or weights.endswith(".gguf") or Path(weights).expanduser().exists()
-    return str(base.path) if is_local else weights
+def hub_commit(base: Artifact) -> str | None:
+    """The commit at which a published model was taken from the hub; None where it came from a folder or a file."""
+    source = str(base.manifest.identity["inputs"].get("source", "")) if base.kind == "published" else ""
+    return source if COMMIT.fullmatch(source) else None

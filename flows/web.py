@@ -4,7 +4,8 @@ Reads   web.html.jinja   the page: no request goes anywhere but back here
 
 GET  /      the page
 POST /ask   {"model": its place, "turns": [{"role", "content"}...], "max_new_tokens", "temperature", "top_p", "seed"}
-            -> the answer as text, piece by piece; what cannot be asked is told with status 400
+            -> the answer as text, piece by piece; in the header X-Forgotten-Turns how many of the turns the model has no
+            room for; what cannot be asked is told with status 400
 """
 
 import logging
@@ -98,28 +99,30 @@ def chat_page(models: list[Asked]) -> "Starlette":
         if question.model >= len(models):
             return PlainTextResponse(f"model {question.model}: there are {len(models)}", status_code=400)
         try:
-            pieces = answer(models[question.model], question)
+            pieces, num_forgotten = answer(models[question.model], question)
         except SeqmillError as error:
             return PlainTextResponse(str(error), status_code=400)
-        return StreamingResponse(one_at_a_time(pieces, speaking), media_type="text/plain; charset=utf-8")
+        told = {"X-Forgotten-Turns": str(num_forgotten)}
+        return StreamingResponse(one_at_a_time(pieces, speaking), media_type="text/plain; charset=utf-8", headers=told)
 
     routes = [Route("/", show), Route("/ask", ask, methods=["POST"])]
     return Starlette(routes=routes, middleware=[Middleware(TrustedHostMiddleware, allowed_hosts=HOSTS)])
 
 
-def answer(asked: Asked, question: Question) -> Iterator[str]:
-    """The answer, piece by piece. Raises RecipeError where the conversation is too long."""
+def answer(asked: Asked, question: Question) -> tuple[Iterator[str], int]:
+    """The answer, piece by piece, and how many turns it knows nothing of. Raises RecipeError where a question is too long."""
     from tasks.training.generate import continue_ids
     from tasks.training.talk import fitted
 
-    turns = [turn.model_dump() for turn in question.turns]
+    turns, num_forgotten = [turn.model_dump() for turn in question.turns], 0
     if asked.is_chat:
         opening, said = ([turns[0]], turns[1:]) if turns[0]["role"] == "system" else ([], turns)
-        prompt_ids, _ = fitted(asked.loaded, opening, said, question.max_new_tokens)
+        prompt_ids, kept = fitted(asked.loaded, opening, said, question.max_new_tokens)
+        num_forgotten = len(said) - len(kept)
     else:
         prompt_ids = asked.loaded.encode(turns[-1]["content"], chat=False)
     sampling = question.model_dump(include={"max_new_tokens", "temperature", "top_p", "seed"})
-    return continue_ids(asked.loaded, prompt_ids, **sampling)
+    return continue_ids(asked.loaded, prompt_ids, **sampling), num_forgotten
 
 
 def rendered(models: list[Asked]) -> str:

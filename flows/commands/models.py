@@ -1,6 +1,7 @@
 """Use models: generate, chat, export, web."""
 
 import sys
+import unicodedata
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -11,13 +12,14 @@ from rich.markup import escape
 from flows.commands.common import JsonOption, StoreOption, print_json
 from flows.console import err, out
 from flows.settings import load_settings
-from tasks.errors import RecipeError
+from tasks.errors import RecipeError, RefError
 
 if TYPE_CHECKING:
     from tasks.training.talk import Talk
 
 commands = typer.Typer()
 
+REPLACEMENT = "\ufffd"
 MODEL_HELP = "a published, pretrained, finetuned or adapter artifact"
 TokensOption = Annotated[int, typer.Option(help="tokens at most", min=1)]
 TemperatureOption = Annotated[float, typer.Option(help="0: always the likeliest token", min=0.0)]
@@ -50,8 +52,7 @@ def generate(
     for piece in generate_text(artifacts, artifact, prompt, chat, **sampling):
         pieces.append(piece)
         if not as_json:
-            out.file.write(piece)
-            out.file.flush()
+            write(piece)
     if as_json:
         print_json({"ref": artifact.ref, "prompt": prompt, "text": "".join(pieces)})
     else:
@@ -74,7 +75,13 @@ def chat(
 
     artifacts = load_settings(store=store).open_store()
     artifact = artifacts.resolve(ref)
-    talk = Talk(load(artifacts, artifact), system)
+    loaded = load(artifacts, artifact)
+    if not loaded.has_chat_template:
+        raise RefError(
+            f"{artifact.ref}: its tokenizer has no chat template; name a finetuned model, or give seqmill generate a text to go "
+            "on from"
+        )
+    talk = Talk(loaded, system)
     err.print(f"[dim]{artifact.ref}   /reset forgets all, Ctrl-D ends[/dim]", soft_wrap=True)
     sampling = {"max_new_tokens": max_new_tokens, "temperature": temperature, "top_p": top_p, "seed": seed}
     for line in typed_lines():
@@ -99,13 +106,23 @@ def typed_lines() -> Iterator[str]:
             err.print("[dim]Ctrl-D ends[/dim]")
 
 
+def write(piece: str) -> None:
+    """Write a piece of a model's text; on a terminal without what would steer it."""
+    out.file.write(harmless(piece) if out.file.isatty() else piece)
+    out.file.flush()
+
+
+def harmless(text: str) -> str:
+    """The text with control characters told instead of sent: an escape could rename the window, or type for its user."""
+    return "".join(sign if unicodedata.category(sign) != "Cc" or sign in "\n\t" else REPLACEMENT for sign in text)
+
+
 def speak(talk: "Talk", line: str, sampling: dict[str, Any]) -> None:
     """Write the answer as it comes."""
     num_forgotten = talk.num_forgotten
     try:
         for piece in talk.ask(line, **sampling):
-            out.file.write(piece)
-            out.file.flush()
+            write(piece)
     except KeyboardInterrupt:
         pass  # the answer ends here; what was heard of it is remembered
     except RecipeError as error:

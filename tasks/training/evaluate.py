@@ -107,7 +107,7 @@ def harness_results(loaded: LanguageModel, plan: EvaluatorPlan) -> dict[str, Any
     """What lm-eval finds."""
     from tasks.training.harness_run import run_harness
 
-    return run_harness(loaded, plan.spec["harness"], plan.spec["seed"], Path(plan.result_path).parent)
+    return run_harness(loaded, plan.spec["harness"], plan.spec["seed"])
 
 
 def blocks_per_batch(block_size: int, vocab_size: int) -> int:

@@ -17,14 +17,12 @@ BATCH_ROWS = 16
 NO_BOOTSTRAP = 0  # seconds, for an interval that nobody reads
 
 
-def run_harness(loaded: LanguageModel, harness: dict[str, Any], seed: int, scratch: Path) -> dict[str, Any]:
+def run_harness(loaded: LanguageModel, harness: dict[str, Any], seed: int) -> dict[str, Any]:
     """{"figures": {"<task>.<metric>": value}, "version": of lm-eval}.
 
     The working folder becomes the tasks' folder, so that their files may name data beside them.
     Raises SettingsError where lm-eval is not installed, RecipeError for a task that the folder has not.
     """
-    # Read when datasets is imported: what it makes of a task's data is not for the user's cache, nor to be asked of a hub.
-    os.environ |= {"HF_DATASETS_CACHE": str(scratch / "datasets"), "HF_DATASETS_OFFLINE": "1"}
     try:
         from lm_eval import simple_evaluate
         from lm_eval.models.huggingface import HFLM

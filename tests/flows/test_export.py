@@ -6,13 +6,32 @@ import orjson
 import pytest
 import torch
 
+from flows.card import model_card
 from flows.export import export_model
 from tasks.errors import RefError, UserError
 from tasks.machine import Machine
-from tasks.store import ArtifactStore
-from tests.flows.models import small_store
+from tasks.store import Artifact, ArtifactStore, Built, Spec, Work, stage, unkeyed
+from tests.flows.models import FolderSpec, build_adapter, build_examples, build_untemplated, small_store
+from tests.training.tiny import save_tiny_model
 
 IDS = torch.tensor([[1, 2, 3, 4, 5]])
+
+
+class PublishedSpec(Spec):
+    weights: str = unkeyed(description="as a recipe names it")
+    source: str = unkeyed(description="what it is identified by")
+
+
+@stage("adapter", revision=1)
+def build_bottleneck(work: Work, spec: FolderSpec, base: Artifact, examples: Artifact) -> Built:
+    (work.folder / "adapter_config.json").write_text("{}")
+    return Built()
+
+
+@stage("published", revision=1, identify_source=lambda spec, store, machine: spec.source)
+def build_published(work: Work, spec: PublishedSpec) -> Built:
+    save_tiny_model(work.folder)
+    return Built()
 
 
 @pytest.fixture(scope="module")
@@ -64,6 +83,34 @@ def test_an_adapter_names_a_base_that_peft_finds(store: ArtifactStore, tmp_path:
     with torch.inference_mode():
         adapted = AutoPeftModelForCausalLM.from_pretrained(folder)(input_ids=IDS).logits
     assert not torch.allclose(adapted, logits_of(store.resolve("finetuned").path))
+
+
+def test_a_base_from_the_hub_is_named_by_its_commit_and_one_from_a_folder_by_its_place(tmp_path: Path) -> None:
+    for source, named in (("a" * 40, ("owner/name", "a" * 40)), ("b" * 64, None)):
+        store = ArtifactStore(tmp_path / f"store-{source[0]}")
+        examples = build_examples(store, Machine(), FolderSpec())
+        base = build_published(store, Machine(), PublishedSpec(weights="owner/name", source=source))
+        adapter = build_adapter(store, Machine(), FolderSpec(), base=base, examples=examples)
+        folder = export_model(store, Machine(), adapter, tmp_path / source, merged=False)
+        fields = orjson.loads((folder / "adapter_config.json").read_bytes())
+        assert (fields["base_model_name_or_path"], fields["revision"]) == (named or (str(base.path), None))
+
+
+def test_the_card_shows_a_call_that_the_folder_can_answer(store: ArtifactStore, tmp_path: Path) -> None:
+    plain = ArtifactStore(tmp_path)
+    base, examples = build_untemplated(plain, Machine(), FolderSpec()), build_examples(plain, Machine(), FolderSpec())
+    assert 'ask("...")' in model_card(plain, base, merged=False)
+    bottleneck = build_bottleneck(plain, Machine(), FolderSpec(method="bottleneck"), base=base, examples=examples)
+    assert "import tasks.training.adapters.bottleneck\nfrom peft" in model_card(plain, bottleneck, merged=False)
+    assert "import tasks" not in model_card(store, store.resolve("finetuned"), merged=False)
+    assert 'ask([{"role": "user", "content": "..."}])' in model_card(store, store.resolve("finetuned"), merged=False)
+
+
+def test_a_link_to_an_empty_folder_is_written_through(store: ArtifactStore, tmp_path: Path) -> None:
+    (tmp_path / "real").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "real")
+    assert export_model(store, Machine(), store.resolve("finetuned"), tmp_path / "link", merged=False) == tmp_path / "real"
+    assert "model.safetensors" in names(tmp_path / "link")
 
 
 @pytest.mark.slow  # starts the merging process

@@ -7,10 +7,12 @@ import pytest
 from typer.testing import CliRunner, Result
 
 from flows.cli import app
+from flows.commands.models import harmless
 from flows.models import folders_of
 from tasks.errors import RefError
+from tasks.machine import Machine
 from tasks.store import ArtifactStore
-from tests.flows.models import small_store
+from tests.flows.models import FolderSpec, build_untemplated, small_store
 
 
 @pytest.fixture(scope="module")
@@ -49,6 +51,17 @@ def test_a_chat_goes_on_behind_what_cannot_be_said(store: ArtifactStore) -> None
     told = seqmill(store, "chat", "finetuned", *WARM, typed=f"{'x' * 99}\nhi\n")
     assert "the model has 64 positions; say it in fewer words" in told.stderr
     assert told.stdout.strip()
+
+
+def test_a_model_without_a_chat_template_is_refused_before_anything_is_said(tmp_path: Path) -> None:
+    store = ArtifactStore(tmp_path)
+    build_untemplated(store, Machine(), FolderSpec())
+    with pytest.raises(RefError, match="its tokenizer has no chat template; name a finetuned model, or give seqmill generate"):
+        seqmill(store, "chat", "pretrained", typed="hi\n")
+
+
+def test_what_would_steer_a_terminal_is_told_instead_of_sent() -> None:
+    assert harmless("\x1b]0;title\x07 好\n\tb\x9b\r") == "\ufffd]0;title\ufffd 好\n\tb\ufffd\ufffd"
 
 
 def test_the_export_tells_what_it_wrote_and_where(store: ArtifactStore, tmp_path: Path) -> None:

@@ -56,6 +56,14 @@ def test_what_cannot_be_asked_is_said(client: TestClient, fields: dict[str, Any]
     assert message in answer.text
 
 
+def test_what_the_model_has_no_room_for_any_more_is_told(client: TestClient) -> None:
+    said = [{"role": role, "content": "x" * 16} for role in ("user", "assistant")]
+    last = {"role": "user", "content": "hi"}
+    assert ask(client, turns=[last]).headers["X-Forgotten-Turns"] == "0"
+    assert ask(client, turns=[*said, last]).headers["X-Forgotten-Turns"] == "2"
+    assert ask(client, model=0, turns=[*said, last]).headers["X-Forgotten-Turns"] == "0"
+
+
 def test_a_page_elsewhere_cannot_ask(client: TestClient) -> None:
     assert client.get("/", headers={"Host": "evil.example"}).status_code == 400
     assert client.post("/ask", content="{}", headers={"Content-Type": "text/plain"}).status_code == 415

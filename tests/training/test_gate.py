@@ -1,5 +1,6 @@
 """Gates, on figures written here."""
 
+import itertools
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ def build_figures(work: Work, spec: FiguresSpec) -> Built:
     return Built(stats=spec.figures)
 
 
-CHILD = {"validation_loss": 2.0, "held_out_accuracy": 0.8, "harness": {"ceval.acc": 0.3}}
+CHILD = {"validation_loss": 2.0, "held_out_accuracy": 0.8, "harness": {"ceval.acc": 0.3, "wiki.word_perplexity": 9.0}}
 PARENT = {"validation_loss": 1.5, "held_out_accuracy": 0.75}
 
 
@@ -74,6 +75,12 @@ def test_a_share_may_be_lower_than_the_parents_by_so_much(store: ArtifactStore) 
     assert judge(store, worse_than_parent={"held_out_accuracy": 0.0}).kind == "gate"
 
 
+def test_a_perplexity_of_the_harness_is_bounded_from_above(store: ArtifactStore) -> None:
+    assert judge(store, at_most={"harness.wiki.word_perplexity": 9.0}).kind == "gate"
+    with pytest.raises(GateError, match=r"harness\.wiki\.word_perplexity is 9, at most 8 was asked"):
+        judge(store, at_most={"harness.wiki.word_perplexity": 8.0})
+
+
 def test_a_bound_on_what_was_not_measured_is_said_to_be_one(store: ArtifactStore) -> None:
     with pytest.raises(RecipeError, match="label_accuracy was not measured; evaluate it, or leave it out of the gate"):
         judge(store, at_least={"label_accuracy": 0.5})
@@ -84,10 +91,10 @@ def test_a_bound_on_what_was_not_measured_is_said_to_be_one(store: ArtifactStore
     [
         ({}, "no bound given"),
         ({"at_most": {"held_out_accuracy": 0.5}}, "at_most.held_out_accuracy: higher is better of it; state at_least"),
-        (
-            {"at_least": {"validation_loss": 0.5}},
-            "at_least.validation_loss: not one of held_out_accuracy, label_accuracy, harness",
-        ),
+        ({"at_least": {"validation_loss": 0.5}}, "at_least.validation_loss: lower is better of it; state at_most"),
+        ({"at_least": {"harness.wiki.word_perplexity": 9.0}}, "at_least.harness.wiki.word_perplexity: lower is better of it"),
+        ({"at_most": {"harness.ceval.acc": 0.5}}, "at_most.harness.ceval.acc: higher is better of it; state at_least"),
+        ({"at_least": {"accuracy": 0.5}}, "accuracy: no such figure; there are validation_loss, "),
         ({"worse_than_parent": {"loss": 0.5}}, "loss: no such figure; there are validation_loss, "),
     ],
 )
@@ -104,4 +111,4 @@ def test_every_field_changes_the_key() -> None:
     }
     assert set(fields) == set(GateSpec.model_fields)
     identities = [GateSpec(**{name: value}).identity() for name, value in fields.items()]
-    assert identities[0] != identities[1] != identities[2]
+    assert not any(one == other for one, other in itertools.combinations(identities, 2))

@@ -105,6 +105,7 @@ def test_the_key_of_a_lora_is_what_it_was_before_there_were_other_methods() -> N
         ({"method": "qlora", "merge": True}, "merge is true, the method is qlora"),
         ({"method": "prefix", "gradient_checkpointing": True}, "gradient_checkpointing is true, the method is prefix"),
         ({"lora": {"init": "pissa", "use_dora": True}}, "init is pissa with use_dora"),
+        ({"lora": {"init": "orthogonal", "rank": 3}}, "init is orthogonal, whose halves take an even rank, rank is 3"),
         ({"method": "qlora", "qlora": {"init": "olora"}}, "init is olora, which needs the base's weights whole"),
         ({"method": "p_tuning", "p_tuning": {"encoder_dropout": 0.1}}, "encoder_dropout is 0.1, the encoder is an mlp"),
         ({"method": "prompt", "prompt": {"init": "text"}}, "text is absent, init is text"),

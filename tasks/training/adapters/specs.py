@@ -37,6 +37,8 @@ class LoraSpec(Spec):
 
     @model_validator(mode="after")
     def _init_fits(self) -> Self:
+        if self.init == "orthogonal" and self.rank % 2:
+            raise ValueError(f"init is orthogonal, whose halves take an even rank, rank is {self.rank}; change one of them")
         if self.use_dora and self.takes_from_base:
             raise ValueError(
                 f"init is {self.init} with use_dora, whose lengths are those of the whole weights; set init to kaiming, or "
