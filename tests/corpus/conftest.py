@@ -10,10 +10,12 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from tasks.corpus import fetch
 from tasks.corpus.documents import DocumentsSpec, build_documents
+from tasks.corpus.examples import ExamplesSpec, build_examples
 from tasks.corpus.tokenizer import TokenizerSpec, TokenizerTrainingSpec, build_tokenizer
 from tasks.machine import Machine
 from tasks.store import Artifact, ArtifactStore, Built, Spec, Work, digest_bytes, stage
 from tests.corpus.http_server import Loopback, serving
+from tests.corpus.templates import write_tokenizer
 
 SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 
@@ -101,3 +103,32 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Artifact:
 @pytest.fixture
 def tokenizer(store: ArtifactStore, bytes_tokenizer: Path) -> Artifact:
     return build_tokenizer(store, Machine(), TokenizerSpec(source=str(bytes_tokenizer)))
+
+
+class TemplateSpec(Spec):
+    template: str | None = None
+
+
+@pytest.fixture
+def tokenizer_of(store: ArtifactStore) -> Callable[[str | None], Artifact]:
+    @stage("tokenizer", revision=1)
+    def build_tokenizer(work: Work, spec: TemplateSpec) -> Built:
+        write_tokenizer(work.folder, spec.template)
+        return Built()
+
+    return lambda template: build_tokenizer(store, Machine(), TemplateSpec(template=template))
+
+
+@pytest.fixture
+def make(
+    store: ArtifactStore, archive_of: Callable[[bytes], Artifact], tokenizer_of: Callable[[str | None], Artifact]
+) -> Callable[..., Artifact]:
+    """Build examples of these conversations, and of held-out ones where given."""
+
+    def build(lines: bytes, held_out: bytes | None = None, template: str | None = None, **fields: Any) -> Artifact:
+        inputs = {"conversations": archive_of(lines), "tokenizer": tokenizer_of(template)}
+        if held_out is not None:
+            inputs["held_out"] = archive_of(held_out)
+        return build_examples(store, Machine(), ExamplesSpec(**{"block_size": 64, **fields}), **inputs)
+
+    return build

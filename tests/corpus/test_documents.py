@@ -2,6 +2,7 @@ import bz2
 import gzip
 import hashlib
 from collections.abc import Callable, Iterator
+from itertools import product
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -235,9 +236,17 @@ def dying(path: Path, times: list[int], after: int, monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(stage_module, "read_batches", read_and_tell)
 
 
-@pytest.mark.parametrize("compress", [bytes, lambda data: bz2.compress(data, 1), gzip.compress, zstandard.compress])
-@pytest.mark.parametrize("wrap", [bytes, tar_of_one])
-@pytest.mark.parametrize("deduplicate", [False, True])
+def bzip2(data: bytes) -> bytes:
+    return bz2.compress(data, 1)
+
+
+@pytest.mark.parametrize(
+    ("compress", "wrap", "deduplicate"),
+    [
+        *product([bytes, bzip2, gzip.compress, zstandard.compress], [bytes, tar_of_one], [False]),
+        (bzip2, tar_of_one, True),  # what was seen is made anew from the shards, whatever they were read from
+    ],
+)
 def test_a_killed_build_reads_on_behind_its_last_shards(
     store: ArtifactStore, monkeypatch: pytest.MonkeyPatch, compress: Callable[[bytes], bytes], wrap: Callable[[bytes], bytes],
     deduplicate: bool,
