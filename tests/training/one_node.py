@@ -1,7 +1,7 @@
 """One node of a training on several: `python -m tests.training.one_node lead|join FOLDER SETTINGS`, SETTINGS as JSON.
 
-Where it leads it pretrains a tiny model, and writes the losses into FOLDER/result.json. Its store is FOLDER/store,
-or "store" of the settings: the same folder by another name, as another machine may mount it.
+Where it leads it pretrains a tiny model, and writes the losses into FOLDER/result.json. Its store is FOLDER/store, or "store" of
+the settings: the same folder by another name, as another machine may mount it, or a URL, with a cache for each node.
 """
 
 import json
@@ -11,13 +11,13 @@ from pathlib import Path
 from typing import Any
 
 from tasks.machine import Machine, Nodes, TrainingSettings
-from tasks.store import Artifact, ArtifactStore
+from tasks.store import Artifact, ArtifactStore, SharedStore
 from tasks.training.crew import leading
 from tasks.training.deepspeed import preset
 from tasks.training.joining import join
 from tasks.training.model import ModelSpec
 from tasks.training.pretrained import PretrainedSpec, build_pretrained
-from tests.training.small_inputs import QWEN, blocks_and_tokenizer
+from tests.training.small_inputs import QWEN, InputSpec, build_blocks, build_tokenizer
 
 
 def spec(**fields: Any) -> PretrainedSpec:
@@ -31,16 +31,21 @@ def losses(model: Artifact) -> list[tuple[int, float]]:
     return [(row["step"], row["loss"]) for row in model.manifest.produced_by["metrics"] if "loss" in row]
 
 
+def open_store(address: str, cache: Path) -> ArtifactStore:
+    return SharedStore(address, cache) if "://" in address else ArtifactStore(Path(address))
+
+
 def main() -> None:
     what, folder, told = sys.argv[1], Path(sys.argv[2]), json.loads(sys.argv[3])
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
     nodes = Nodes(host=told["host"], port=told["port"], least=told["least"], most=told["most"], settle_seconds=told["settle"])
-    ranks, root = told["ranks"], Path(told.get("store", folder / "store"))
+    ranks, store = told["ranks"], open_store(told.get("store", str(folder / "store")), folder / f"cache-{what}")
     settings = TrainingSettings(
-        num_ranks=ranks, nodes=nodes, launcher=told.get("launcher", "torchrun"), deepspeed_config=preset(told["zero"])
-    )
+        num_ranks=ranks, nodes=nodes, launcher=told.get("launcher", "torchrun"), deepspeed_config=preset(told["zero"]),
+        checkpoints=Path(told["checkpoints"]) if "checkpoints" in told else None,
+    )  # fmt: skip
     if what == "join":
-        join(nodes, ArtifactStore(root), settings, ranks)
+        join(nodes, store, settings, ranks)
         return
     reached = (folder / "steps").open("a")
 
@@ -49,8 +54,8 @@ def main() -> None:
         reached.flush()
 
     with leading(nodes):
-        store, blocks, tokenizer = blocks_and_tokenizer(root)
         machine = Machine(training=settings, on_metrics=tell)
+        blocks, tokenizer = (build(store, machine, InputSpec()) for build in (build_blocks, build_tokenizer))
         model = build_pretrained(store, machine, spec(**told.get("spec", {})), blocks=blocks, tokenizer=tokenizer)
     produced_by = {name: model.manifest.produced_by[name] for name in ("num_ranks", "zero_stage", "resumed_from")}
     result = {"key": model.key, "losses": losses(model), **produced_by, **model.stats}

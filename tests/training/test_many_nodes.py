@@ -170,6 +170,19 @@ def test_the_node_that_leads_killed_and_started_again_finds_the_others_waiting(t
     assert_equal(told["losses"], unbroken)
 
 
+def test_a_bucket_feeds_every_node_and_checkpoints_lie_in_a_folder(train: Any, unbroken: Any, tmp_path: Path) -> None:
+    (tmp_path / "bucket").mkdir()
+    told = {"store": f"file://{tmp_path / 'bucket'}", "checkpoints": str(tmp_path / "checkpoints")}
+    training = train(2, "zero2", least=1, **told)
+    training.await_step(8)
+    training.kill(1)
+    result = training.end(0, -signal.SIGKILL)
+    assert (result["num_ranks"], result["resumed_from"]) == (1, 5)
+    assert_equal(result["losses"], unbroken)
+    fetched = {path.name for path in (training.folder / "cache-join").glob("*/blocks-shard/*/*")}
+    assert fetched == {"blocks.arrow", "manifest.json"}
+
+
 def test_a_store_mounted_elsewhere_and_one_that_is_not_the_same(train: Any, unbroken: Any, tmp_path: Path) -> None:
     training = train(2, "zero2")
     training.close()
