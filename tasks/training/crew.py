@@ -20,7 +20,7 @@ from tasks.training.wire import Message, Wire
 
 log = logging.getLogger(__name__)
 
-HELLO_SECONDS = 10.0
+HELLO_SECONDS, HELLO_BYTES = 10.0, 1 << 12
 # What both ends must agree on: raise it with every change of a message or of the plan.
 PROTOCOL = 1
 
@@ -154,7 +154,7 @@ def _listen(nodes: Nodes) -> socket.socket:
 
 def _member(wire: Wire) -> Member | None:
     """Who is there; None for what is no node of ours, which is told so."""
-    hello = wire.receive(HELLO_SECONDS)
+    hello = wire.receive(HELLO_SECONDS, HELLO_BYTES)
     if hello is None or hello["say"] != "hello":
         log.warning("rendezvous: %s says nothing that a node says; turned away", wire.peer_address)
         return None

@@ -10,9 +10,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TypeVar
 
-from tasks.errors import SettingsError
+from tasks.errors import SettingsError, WorkerError
 from tasks.machine import TrainingSettings
 from tasks.store import ArtifactStore, Digest, SharedStore, Work
+from tasks.training.checkpoints import checkpoint_folders, step_of
 from tasks.training.crew import Crew, crew_of
 from tasks.training.nodes import CHECKPOINTS, STORE
 from tasks.training.party import NodeLostError, Party
@@ -21,6 +22,8 @@ from tasks.training.plan import most_ranks
 log = logging.getLogger(__name__)
 
 T = TypeVar("T")
+
+MOST_VAIN = 5  # losses in a row, without progress: a node that dies at every start is no node
 
 
 def on_nodes(work: Work, kind: str, global_batch_size: int, train: Callable[[Work, Party | None], T]) -> T:
@@ -33,14 +36,26 @@ def on_nodes(work: Work, kind: str, global_batch_size: int, train: Callable[[Wor
         sweep(settings.checkpoints, work.store)
     slots = most_ranks(settings)
     crew = crew_of(settings.nodes)
+    step, num_vain = -1, 0
     with crew.turn():
-        while True:
+        while num_vain < MOST_VAIN:
             party = _party(crew, work, kind, slots, global_batch_size)
             own = replace(settings, nodes=None, num_ranks=sum(party.ranks))
             try:
                 return train(replace(work, machine=replace(work.machine, training=own)), party if party.members else None)
             except NodeLostError as error:
                 log.warning("%s; the others go on from the newest whole checkpoint", error)
+            reached = _newest_step(work)
+            step, num_vain = (reached, 0) if reached > step else (step, num_vain + 1)
+    raise WorkerError(
+        f"{kind}: nodes were lost {MOST_VAIN} times in a row without a checkpoint in between; look at what ends them, or lower "
+        "checkpoint_steps in the recipe, and run again to go on"
+    )
+
+
+def _newest_step(work: Work) -> int:
+    folder = next(checkpoint_folders(checkpoint_root(work)), None)
+    return step_of(folder) if folder else 0
 
 
 def _party(crew: Crew, work: Work, kind: str, slots: int, global_batch_size: int) -> Party:

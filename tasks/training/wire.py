@@ -16,7 +16,8 @@ Message = dict[str, Any]
 # Of a plan with 100,000 shards, whose paths take about 120 bytes each, there is room for ten.
 MOST_BYTES = 128 << 20
 # A machine that lost its power says nothing: it counts as gone after some 20 s without an answer to the kernel's own questions.
-KEEPALIVE = ((socket.TCP_KEEPIDLE, 5), (socket.TCP_KEEPINTVL, 5), (socket.TCP_KEEPCNT, 3), (socket.TCP_USER_TIMEOUT, 20_000))
+# By name, for not every system has all of them.
+KEEPALIVE = {"TCP_KEEPIDLE": 5, "TCP_KEEPINTVL": 5, "TCP_KEEPCNT": 3, "TCP_USER_TIMEOUT": 20_000}
 SILENT_SECONDS = 20.0
 
 
@@ -25,8 +26,9 @@ class Wire:
 
     def __init__(self, connection: socket.socket) -> None:
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-        for option, value in KEEPALIVE:
-            connection.setsockopt(socket.IPPROTO_TCP, option, value)
+        for name, value in KEEPALIVE.items():
+            if hasattr(socket, name):
+                connection.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
         connection.settimeout(None)
         self.own_address: str = connection.getsockname()[0]
         self.peer_address: str = connection.getpeername()[0]
@@ -39,11 +41,11 @@ class Wire:
         with self._sending, contextlib.suppress(OSError):
             self._connection.sendall(orjson.dumps(message) + b"\n")
 
-    def receive(self, seconds: float | None = None) -> Message | None:
+    def receive(self, seconds: float | None = None, most_bytes: int = MOST_BYTES) -> Message | None:
         """The next message; None where the peer is gone, says what is no message, or nothing for so many ``seconds``."""
         try:
             self._connection.settimeout(seconds)
-            line = self._reader.readline(MOST_BYTES)
+            line = self._reader.readline(most_bytes)
             message = orjson.loads(line) if line.endswith(b"\n") else None
             self._connection.settimeout(None)
         except (OSError, ValueError):
