@@ -2,6 +2,7 @@
 
 DOCUMENTS   documents-shard  documents.parquet   one row a document
 QUARANTINE  documents        quarantine.parquet  one row a bad line
+RANGE_ROWS  range-shard      rows.parquet        one row a document of a range of an archive
 TOKENS      tokens-shard     tokens.arrow        one row a document, closed by the end-of-document id
 BLOCKS      blocks-shard     blocks.arrow        rows of exactly block_size ids (IPC stream, uncompressed, memory-mapped)
 TAIL        blocks-shard     tail.arrow          the ids left over, fewer than block_size
@@ -28,6 +29,14 @@ QUARANTINE = pa.schema(
         pa.field("line", pa.int64(), nullable=False),  # 1 is the first line of the archive
         pa.field("reason", pa.string(), nullable=False),
         pa.field("excerpt", pa.binary(), nullable=False),  # its first bytes as they stand: it may not be UTF-8
+    ]
+)
+
+RANGE_ROWS = pa.schema(
+    [
+        pa.field("digest", pa.binary(32), nullable=False),
+        pa.field("num_bytes", pa.int64(), nullable=False),
+        pa.field("num_characters", pa.int64(), nullable=False),
     ]
 )
 

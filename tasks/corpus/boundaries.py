@@ -86,16 +86,17 @@ class Sharder:
     def add(self, document: Document) -> Shard | None:
         """Take the next document; returns a shard when one is full."""
         self.pending.append(document)
-        return self._split() if self.pending.size > self.greatest_bytes else None
+        return self.split() if self.pending.size > self.greatest_bytes else None
 
     def finish(self) -> list[Shard]:
         """What is left when the stream ends."""
         left = []
         while self.pending.size > self.greatest_bytes and len(self.pending) > 1:
-            left.append(self._split())
+            left.append(self.split())
         return left + [self.pending] * bool(len(self.pending))
 
-    def _split(self) -> Shard:
+    def split(self) -> Shard:
+        """Cut the next shard off; what waits is greater than one may be."""
         sizes = np.array(self.pending.sizes, np.int64) + DIGEST_BYTES
         return self.pending.split_off(boundary(sizes, boundary_numbers(self.pending.digests), self.greatest_bytes))
 

@@ -4,7 +4,7 @@ Writes  documents-shard  documents.parquet  DOCUMENTS: text
 """
 
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,9 +16,9 @@ import pyarrow.parquet as pq
 from pydantic import Field
 
 from tasks.corpus.boundaries import Document, Shard, Sharder, is_validation
-from tasks.corpus.shards import sum_stats
+from tasks.machine import Machine
 from tasks.schemas import DOCUMENTS, SPLITS
-from tasks.store import Artifact, Built, Digest, ShardEntry, Spec, Work, shard_entry, stage
+from tasks.store import Artifact, ArtifactStore, Built, Digest, ShardEntry, Spec, Work, shard_entry, stage
 
 # A reader holds one row group, decoded: 5 MB at 2.3 KB a document. Raise the shard's revision when you change it.
 ROW_GROUP_DOCUMENTS = 2_000
@@ -66,13 +66,11 @@ class Shards:
         """Shards that were full so far."""
         return len(self.unsettled) + sum(map(len, self.entries.values()))
 
-    def stats(self) -> dict[str, Any]:
-        names = ("num_documents", "num_bytes", "num_characters")
-        return {split: sum_stats(entries, *names) for split, entries in self.entries.items()}
-
     def _store(self, split: str, shard: Shard) -> None:
         self.settle()
-        self.unsettled.append((split, self.storing.submit(store_shard, self.work, shard)))
+        self.unsettled.append(
+            (split, self.storing.submit(store_shard, self.work.store, self.work.machine, shard.identity, lambda: shard))
+        )
 
 
 @contextmanager
@@ -82,15 +80,17 @@ def open_shards(work: Work, shard_bytes: int, validation_fraction: float) -> Ite
         yield Shards(work, shard_bytes, validation_fraction, storing)
 
 
-def store_shard(work: Work, shard: Shard) -> Artifact:
-    """The artifact of a shard, written only where the store does not hold it already."""
+def store_shard(store: ArtifactStore, machine: Machine, identity: Digest, shard: Callable[[], Shard]) -> Artifact:
+    """The artifact of a shard, asked for and written only where the store does not hold it already."""
 
     @stage("documents-shard", revision=2)
     def build_documents_shard(work: Work, spec: DocumentsShardSpec) -> Built:
-        write_shard(shard, work.folder / "documents.parquet")
-        return Built(stats=shard.stats)
+        documents = shard()
+        assert documents.identity == identity, "a shard of other documents than it was cut from"
+        write_shard(documents, work.folder / "documents.parquet")
+        return Built(stats=documents.stats)
 
-    return build_documents_shard(work.store, work.machine, DocumentsShardSpec(documents=shard.identity))
+    return build_documents_shard(store, machine, DocumentsShardSpec(documents=identity))
 
 
 def write_shard(shard: Shard, path: Path) -> None:

@@ -17,22 +17,25 @@ from typing import Any
 from pydantic import Field, field_validator, model_validator
 
 from tasks.corpus.boundaries import DIGEST_BYTES, Document
+from tasks.corpus.bzip2 import RangeError
 from tasks.corpus.document_shards import Shards, open_shards, read_texts
 from tasks.corpus.duplicates import Seen, open_seen
 from tasks.corpus.journal import Journal
 from tasks.corpus.judge import DUPLICATE, NEAR_DUPLICATE, Ledger, Outcome, drop, judge
+from tasks.corpus.many_readers import plan_ranges, read_ranges, write_shards
 from tasks.corpus.near_duplicates import NearDuplicates, open_near_seen
 from tasks.corpus.quality import CharacterRatio, check_function_name, digest_function, filters_of
 from tasks.corpus.quarantine import Quarantine, open_quarantine, write_quarantine
+from tasks.corpus.ranges import RangeSpec
 from tasks.corpus.reader import BLANK, BadLine, Batch, read_batches
-from tasks.corpus.shards import load_shard
+from tasks.corpus.shards import load_shard, sum_stats
+from tasks.corpus.stitching import Cutter, Stitcher, split_of
 from tasks.errors import CorpusError
 from tasks.machine import Machine
-from tasks.store import Artifact, ArtifactStore, Built, Spec, Work, stage, unkeyed
+from tasks.schemas import SPLITS
+from tasks.store import Artifact, ArtifactStore, Built, ShardEntry, Spec, Work, stage, unkeyed
 
 log = logging.getLogger(__name__)
-
-EARLY_LINES = 1_000  # from here on too many bad lines fail the stage at once, not at the archive's end
 
 
 class DocumentsSpec(Spec):
@@ -84,6 +87,10 @@ def build_documents(work: Work, spec: DocumentsSpec, archive: Artifact) -> Built
 
     A build that was killed goes on behind the last shards that it stored, but for near duplicates, whose memory is lost.
     """
+    return _by_many_readers(work, spec, archive) or _by_one_reader(work, spec, archive)
+
+
+def _by_one_reader(work: Work, spec: DocumentsSpec, archive: Artifact) -> Built:
     path, ledger, journal = archive.file("archive"), Ledger(), Journal(work.scratch)
     scratch = work.scratch / "quarantine.jsonl"
     with ExitStack() as stack:
@@ -104,10 +111,47 @@ def build_documents(work: Work, spec: DocumentsSpec, archive: Artifact) -> Built
             if batch.end and spec.near_duplicates is None and journal.is_due(shards):
                 journal.write(batch.end(), ledger, shards, quarantine.num_bytes())
         entries = shards.finish()
+    return _finished(work, spec, path, ledger, entries)
+
+
+def _finished(work: Work, spec: DocumentsSpec, path: Path, ledger: Ledger, entries: tuple[ShardEntry, ...]) -> Built:
+    """The artifact of what was read, whoever read it."""
     ledger.refuse_too_many_bad(path, spec.max_quarantined_fraction)
-    write_quarantine(scratch, work.folder / "quarantine.parquet")
-    _refuse_nothing(path, ledger, shards.stats(), spec.validation_fraction)
-    return Built(stats={**ledger.stats(), **shards.stats()}, shards=entries)
+    write_quarantine(work.scratch / "quarantine.jsonl", work.folder / "quarantine.parquet")
+    names = ("num_documents", "num_bytes", "num_characters")
+    splits = {split: sum_stats([entry for entry in entries if entry.split == split], *names) for split in SPLITS}
+    _refuse_nothing(path, ledger, splits, spec.validation_fraction)
+    return Built(stats={**ledger.stats(), **splits}, shards=entries)
+
+
+def _by_many_readers(work: Work, spec: DocumentsSpec, archive: Artifact) -> Built | None:
+    """By all workers of a cluster; None where there is none, or where the documents' order decides more than they know."""
+    if work.machine.cluster is None or spec.near_duplicates or spec.max_documents or spec.filter:
+        return None
+    same = ("text_field", "min_characters", "max_characters", "character_ratios", "validation_fraction")
+    plan = plan_ranges(archive, work.scratch, RangeSpec(start=0, num_bytes=1, **{name: getattr(spec, name) for name in same}))
+    if plan is None:
+        return None
+    ledger, path = Ledger(), archive.folder / "archive"
+    filters = filters_of(spec.min_characters, spec.max_characters, spec.character_ratios or (), None)
+    with ExitStack() as stack:
+        quarantine = stack.enter_context(open_quarantine(work.scratch / "quarantine.jsonl", 0))
+        seen = stack.enter_context(open_seen(work.scratch)) if spec.deduplicate else None
+        stitcher = Stitcher(
+            {split: Cutter(split, spec.shard_bytes) for split in SPLITS},
+            ledger,
+            quarantine,
+            judge_line=lambda row: judge(row, spec.text_field, filters),
+            split_of=lambda digest: split_of(digest, spec.validation_fraction),
+            check_bad=lambda line: ledger.refuse_early(path, spec.max_quarantined_fraction, line),
+            firsts=seen.firsts if seen else None,
+        )
+        try:
+            read_ranges(work, plan, archive, stitcher)
+        except RangeError as error:
+            log.warning("%s: read in ranges, %s; one reader begins anew", archive.ref, error)
+            return None
+    return _finished(work, spec, path, ledger, write_shards(work, stitcher))
 
 
 @dataclass
@@ -133,8 +177,7 @@ class Sorting:
                     return
             elif isinstance(outcome, BadLine) and outcome is not BLANK:
                 self.quarantine.add(row.line, outcome)
-                if self.ledger.num_lines >= EARLY_LINES:
-                    self.ledger.refuse_too_many_bad(self.path, self.spec.max_quarantined_fraction)
+                self.ledger.refuse_early(self.path, self.spec.max_quarantined_fraction, self.ledger.num_lines)
 
 
 # Puts in the place of documents that came before why they are dropped.

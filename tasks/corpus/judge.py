@@ -13,6 +13,8 @@ from tasks.corpus.quality import Filter
 from tasks.corpus.reader import BLANK, EXCERPT_BYTES, BadLine, Row
 from tasks.errors import CorpusError
 
+EARLY_LINES = 1_000  # from here on too many bad lines fail the stage at once
+
 
 class Dropped(NamedTuple):
     """A document that the recipe does not want. column: the ledger's; reason: which filter, where one did it."""
@@ -99,12 +101,18 @@ class Ledger:
             "length_histogram": histogram,
         }
 
-    def refuse_too_many_bad(self, path: Path, fraction: float) -> None:
-        if self.first_bad is None or self.counts["quarantined"] <= fraction * self.num_lines:
+    def refuse_early(self, path: Path, fraction: float, num_lines: int) -> None:
+        """At a bad line, with ``num_lines`` read up to it: fail at once, not at the archive's end, from EARLY_LINES on."""
+        if num_lines >= EARLY_LINES:
+            self.refuse_too_many_bad(path, fraction, num_lines)
+
+    def refuse_too_many_bad(self, path: Path, fraction: float, num_lines: int | None = None) -> None:
+        num_lines = self.num_lines if num_lines is None else num_lines
+        if self.first_bad is None or self.counts["quarantined"] <= fraction * num_lines:
             return
         line, reason, excerpt = self.first_bad
         raise CorpusError(
-            f"{path}: {self.counts['quarantined']} of the {self.num_lines} lines read are bad, more than the share {fraction:g}; "
+            f"{path}: {self.counts['quarantined']} of the {num_lines} lines read are bad, more than the share {fraction:g}; "
             f"the first is line {line}, {reason}: {excerpt[:60]!r}; mend the archive, name another text_field, "
             "or raise max_quarantined_fraction"
         )

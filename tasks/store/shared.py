@@ -32,7 +32,9 @@ from tasks.store.bucket import SCHEMES, Bucket, Patience
 from tasks.store.cache import Cache, cache_folder, forget, is_whole
 from tasks.store.claim import claimed
 from tasks.store.digest import Digest, digest_bytes, digest_file, digest_json
+from tasks.store.lease import passing
 from tasks.store.store import KIND, ArtifactStore
+from tasks.store.trim import Room
 
 log = logging.getLogger(__name__)
 
@@ -61,6 +63,15 @@ class SharedArtifact(Artifact):
     def file(self, name: str) -> Path:
         return self.store.fetch(self, self.entry(name))
 
+    def read(self, name: str, start: int, num_bytes: int) -> bytes:
+        entry = self.entry(name)
+        if is_whole(self.folder / entry.name, entry):
+            return super().read(name, start, num_bytes)
+        data = self.store.bucket.read(_file_name(self.manifest, entry), start, min(num_bytes, entry.num_bytes - start))
+        if data is None:
+            self.store.lose(self, f"{name} is missing or shorter than its manifest says ({entry.num_bytes} bytes)")
+        return bytes(data)
+
     def shard_file(self, entry: ShardEntry, name: str) -> Path:
         shard = self.store.load(entry.kind, entry.key)
         if shard is None or shard.content != entry.content:
@@ -80,12 +91,15 @@ class SharedStore(ArtifactStore):
         claim_seconds: float = 60.0,
         patience: Patience | None = None,
         progress: Progress = quiet,
+        cache_bytes: int | None = None,
     ) -> None:
+        """cache_bytes: what the cache may take, but for what is in use; None: any."""
         if any("@" in urlsplit(address or "").netloc for address in (url, endpoint)):
             raise SettingsError("store: credentials in an address; leave them out, and put them into the environment")
         super().__init__(cache_folder(url, cache, endpoint))
         self.cache, self.bucket = Cache(self.root), Bucket(url, endpoint, patience)
         self.claim_seconds, self.progress = claim_seconds, progress
+        self.room = Room(self.root, cache_bytes)
         self._is_checked = False
 
     def __getstate__(self) -> dict[str, Any]:
@@ -229,8 +243,11 @@ class SharedStore(ArtifactStore):
     def fetch(self, artifact: Artifact, entry: FileEntry) -> Path:
         """The path of a file in the cache, fetched and checked where it is not there yet."""
         path = artifact.folder / entry.name
-        if is_whole(path, entry):
-            return path
+        with passing(self.root):
+            self.keep(artifact)  # before it is looked for: from here on no trim takes it
+            if is_whole(path, entry):
+                return path
+        self.room.make(entry.num_bytes)
         with self.cache.fetching(artifact, entry) as partial:
             if is_whole(path, entry):  # by another process while this one waited
                 return path
@@ -281,6 +298,7 @@ class SharedStore(ArtifactStore):
             shutil.rmtree(target, ignore_errors=True)
             target.parent.mkdir(parents=True, exist_ok=True)
             folder.rename(target)
+            self.room.make(sum(entry.num_bytes for entry in manifest.files))
         return self._artifact(manifest, found=False)
 
     def _put_manifest(self, kind: str, key: Digest, data: bytes) -> Manifest | None:

@@ -9,6 +9,7 @@ from typing import Any, get_args
 import pytest
 
 from tasks.cluster.cluster import Cluster, Patience
+from tasks.corpus import many_readers
 from tasks.machine import Machine
 from tasks.store import Artifact, ArtifactStore, SharedStore
 from tests.faults.corpus import Sources, build_all
@@ -76,13 +77,15 @@ def quiet(amount: int) -> None: ...
 
 
 def test_digests_are_those_of_one_machine_by_workers_that_share_a_bucket_alone(
-    started: Started, sources: Sources, expected: dict[str, tuple[str, str]], tmp_path: Path
+    started: Started, sources: Sources, expected: dict[str, tuple[str, str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     store = SharedStore((tmp_path / "bucket").as_uri(), tmp_path / "here")
     one = connected(started)
+    monkeypatch.setattr(many_readers, "RANGE_BYTES", 15_000)
     built = build_all(store, Machine(cluster=one), sources)
     assert contents(built) == expected
     assert one.num_groups >= NUM_WORKERS
+    assert len(list((tmp_path / "bucket").glob("range-shard/*"))) >= 2  # the archive too was read by all
     for name in ("tokens.arrow", "blocks.arrow"):  # made, and kept, elsewhere: here are their manifests
         assert not list((tmp_path / "here").rglob(name))
         assert list(started.folder.rglob(name))
@@ -116,15 +119,17 @@ def test_a_worker_that_stands_still_does_not_hold_up_the_run(started: Started, t
 def test_a_node_that_comes_late_is_used_and_one_that_is_lost_is_done_without(started: Started, tmp_path: Path) -> None:
     one = in_groups_of(connected(started), 2)
     results: list[int] = []
-    items = marks(tmp_path / "marks", 1_000)
+    items = marks(tmp_path / "marks", 2_000)
     run = threading.Thread(target=lambda: results.extend(one.run(work.take_a_while, items, "marks", quiet)))
     run.start()
+    wait_for(lambda: len(begun_by(tmp_path / "marks")) >= 2)
+    before = begun_by(tmp_path / "marks")
     started.start_worker("node-late")
-    wait_for(lambda: len(begun_by(tmp_path / "marks")) > NUM_WORKERS)
+    wait_for(lambda: len(begun_by(tmp_path / "marks") - before) > NUM_WORKERS - len(before))
     started.kill_node("node-late")
     (tmp_path / "marks" / work.GO_ON).touch()
     run.join()
-    assert results == list(range(1_000))
+    assert results == list(range(2_000))
 
 
 def begun_by(folder: Path) -> set[str]:
