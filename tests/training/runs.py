@@ -1,4 +1,6 @@
-"""Training runs that are broken off and taken up again, by any number of ranks under any ZeRO stage, without a store's stages."""
+"""Training runs without a store's stages, several in one launch: those that are broken off and taken up again, and those that
+share out one step in other ways.
+"""
 
 import json
 from collections.abc import Sequence
@@ -15,7 +17,7 @@ from tasks.training.launch import run_worker
 from tasks.training.model import completed_config
 from tasks.training.optimization import OptimizationSpec
 from tasks.training.run import Rows, Start, make_plan
-from tests.training.small_inputs import BLOCK_SIZE, QWEN, VOCAB_SIZE, random_blocks, write_rows
+from tests.training.small_inputs import BLOCK_SIZE, QWEN, VOCAB_SIZE, InputSpec, build_examples, random_blocks, write_rows
 
 NUM_ROWS = 24
 # 6 steps are an epoch: every run goes over an epoch's end.
@@ -54,6 +56,10 @@ class Run:
         return Start(config=self.config, folder=None, attention="sdpa", vocab_size=64)
 
     @property
+    def metrics_by_name(self) -> dict[str, list[dict[str, Any]]]:
+        return {self.name: self.metrics}
+
+    @property
     def checkpoints(self) -> Path:
         return self.folder / ".scratch" / "checkpoints"
 
@@ -72,14 +78,44 @@ class Run:
         return digest_file(path)
 
 
-def carry_out(runs: Sequence[Run], plans: Sequence[dict[str, Any]]) -> None:
+class Shares:
+    """Runs of the same training on examples, each shared out in another way."""
+
+    SPEC = OptimizationSpec(global_batch_size=4, num_steps=4, learning_rate=1e-2, precision="fp32", logging_steps=1)
+    NEW = Start(
+        config=completed_config({**QWEN, "attention_dropout": 0.0}, VOCAB_SIZE, 0), folder=None, attention="sdpa", vocab_size=64
+    )
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.store = ArtifactStore(folder / "store")
+        self.examples = build_examples(self.store, Machine(), InputSpec())
+        self.plans: list[dict[str, Any]] = []
+        self.metrics_by_name: dict[str, list[dict[str, Any]]] = {}
+
+    def add(self, name: str, start: Start, settings: TrainingSettings) -> None:
+        (self.folder / name).mkdir()
+        work = Work(self.store, Machine(training=settings), self.folder / name, None)
+        train, validation = self.examples.file("train.arrow"), self.examples.file("validation.arrow")
+        plan = make_plan(work, self.SPEC, name, Rows([train], [validation], BLOCK_SIZE, VOCAB_SIZE, "data"), start)
+        self.plans.append(asdict(plan))
+        self.metrics_by_name[name] = []
+
+    def losses(self) -> dict[str, list[float]]:
+        """Training losses of each run, and its validation loss."""
+        return {
+            name: [row.get("loss", row.get("validation_loss")) for row in rows] for name, rows in self.metrics_by_name.items()
+        }
+
+
+def carry_out(runs: Sequence[Run | Shares], plans: Sequence[dict[str, Any]]) -> None:
     """Train in one launch, one run after the other, until all have ended or a rank has killed itself."""
-    by_name = {run.name: run for run in runs}
+    heard_by = {name: rows for run in runs for name, rows in run.metrics_by_name.items()}
     path = runs[0].folder / "plans.json"
     path.write_text(json.dumps({"plans": plans}))
 
     def hear(row: dict[str, Any]) -> None:
-        by_name[row["label"]].metrics.append(row)
+        heard_by[row["label"]].append(row)
 
     num_ranks = plans[0]["batch"]["num_ranks"]
     try:
@@ -87,5 +123,5 @@ def carry_out(runs: Sequence[Run], plans: Sequence[dict[str, Any]]) -> None:
     except StoppedError:
         pass
     except WorkerError:  # of the rank killed, or of another that missed it first
-        if not any(plan["break"].keys() & {"kill_at", "kill_in_save_of"} for plan in plans):
+        if not any(plan.get("break", {}).keys() & {"kill_at", "kill_in_save_of"} for plan in plans):
             raise

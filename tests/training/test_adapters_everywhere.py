@@ -14,12 +14,10 @@ from tasks.schemas import examples_schema
 from tasks.training.adapters.limits import VIRTUAL
 from tasks.training.deepspeed import preset
 from tasks.training.generate import load_language_model
-from tasks.training.model import completed_config
 from tasks.training.run import Start
 from tests.training.adapting import ADDED, METHODS, PLAIN, plan_of
-from tests.training.runs import NUM_ROWS, Run, carry_out
-from tests.training.small_inputs import BLOCK_SIZE, QWEN, VOCAB_SIZE, random_examples, write_columns
-from tests.training.test_sharding import Runs
+from tests.training.runs import NUM_ROWS, Run, Shares, carry_out
+from tests.training.small_inputs import BLOCK_SIZE, random_examples, write_columns
 from tests.training.tiny import byte_tokenizer
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1500)]
@@ -53,11 +51,9 @@ print(json.dumps(told))
 def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A model that has been trained for a few steps, with a tokenizer."""
     root = tmp_path_factory.mktemp("base")
-    config = completed_config({**QWEN, "attention_dropout": 0.0}, VOCAB_SIZE, 0)
-    runs = Runs(root)
-    settings = TrainingSettings(num_ranks=1, micro_batch_size=4)
-    runs.add("base", Start(config=config, folder=None, attention="sdpa", vocab_size=64), settings)
-    runs.run(num_ranks=1)
+    shares = Shares(root)
+    shares.add("base", Shares.NEW, TrainingSettings(num_ranks=1, micro_batch_size=4))
+    carry_out([shares], shares.plans)
     byte_tokenizer().save_pretrained(root / "base")
     return root / "base"
 
@@ -85,12 +81,12 @@ def test_every_method_trains_alike_under_zero_2_and_3_and_is_loaded_by_peft_alon
     losses: dict[str, dict[str, list[float]]] = {}
     for stage, (config, names) in configs.items():
         (tmp_path / stage).mkdir()
-        runs = Runs(tmp_path / stage)
+        shares = Shares(tmp_path / stage)
         for name in names:
             settings = TrainingSettings(num_ranks=2, micro_batch_size=1, deepspeed_config=config)
-            runs.add(name, start_of(name, base), settings)
-        runs.run(num_ranks=2)
-        losses[stage] = dict(zip(names, runs.losses(), strict=True))
+            shares.add(name, start_of(name, base), settings)
+        carry_out([shares], shares.plans)
+        losses[stage] = shares.losses()
     for name in WHOLE_OR_SPREAD:
         if "dropout" not in str(METHODS[name]):
             assert losses["zero3"][name] == pytest.approx(losses["zero2"][name], abs=5e-5), name
@@ -137,10 +133,11 @@ def test_every_method_killed_and_resumed_equals_never_killed(base: Path, tmp_pat
 
 def test_qlora_trains_where_bitsandbytes_is_installed(base: Path, tmp_path: Path) -> None:
     pytest.importorskip("bitsandbytes")
-    runs = Runs(tmp_path)
+    shares = Shares(tmp_path)
+    settings = TrainingSettings(num_ranks=2, micro_batch_size=1, deepspeed_config=preset("zero2"))
     for name in ("lora", "qlora"):
-        runs.add(name, start_of(name, base), TrainingSettings(num_ranks=2, micro_batch_size=1, deepspeed_config=preset("zero2")))
-    runs.run(num_ranks=2)
-    plain, quantized = runs.losses()
+        shares.add(name, start_of(name, base), settings)
+    carry_out([shares], shares.plans)
+    plain, quantized = shares.losses().values()
     assert quantized == pytest.approx(plain, abs=0.1)
     assert quantized != plain  # the base is not the same: its weights are held in 4 bits

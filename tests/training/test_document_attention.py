@@ -122,7 +122,7 @@ def test_the_worker_trains_and_validates_documents_as_if_each_were_alone(tmp_pat
     (tmp_path / "plans.json").write_text(json.dumps({"plans": plans}))
     metrics: list[dict[str, Any]] = []
     run_worker(
-        "tests.training.many_plans",
+        "tests.training.broken_runs",
         tmp_path / "plans.json",
         num_ranks=1,
         settings=TrainingSettings(),

@@ -1,36 +1,40 @@
-"""Training under the real launcher, two ranks, ZeRO-2, dropout on: killed and resumed equals never killed, to the bit."""
+"""Training under the real launcher, ZeRO-2, dropout and accumulation on: broken off and run again equals never broken off.
+
+By kill -9 of everything and a torn checkpoint; by SIGTERM, as a preempted machine gets it. Two ranks: test_sharding.
+"""
 
 import logging
+import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from tasks.errors import StoppedError
 from tasks.machine import Machine, TrainingSettings
 from tasks.store import Artifact
 from tasks.training.checkpoints import checkpoint_folders
+from tasks.training.meter import MEASURED
 from tasks.training.model import ModelSpec
 from tasks.training.pretrained import PretrainedSpec, build_pretrained
 from tests.training.small_inputs import QWEN, blocks_and_tokenizer
 
-RANKS = TrainingSettings(num_ranks=2, micro_batch_size=1)  # two micro batches are accumulated
+ALONE = TrainingSettings(num_ranks=1, micro_batch_size=2)  # two micro batches are accumulated
 
-# Pretrains until the ranks report step 13, and then dies as by kill -9 of everything's parent.
+# Pretrains until the rank reports step 13, and then dies as by kill -9 of its parent.
 DIE_AT_13 = """
 import os, sys
 from pathlib import Path
-from tasks.machine import Machine
-from tests.training.small_inputs import blocks_and_tokenizer
-from tests.training.test_resume import RANKS, spec
-from tasks.training.pretrained import build_pretrained
+from tests.training.test_resume import pretrained, spec
 
 def die(row):
     if row["step"] == 13:
         os.kill(os.getpid(), 9)
 
-store, blocks, tokenizer = blocks_and_tokenizer(Path(sys.argv[1]))
-build_pretrained(store, Machine(training=RANKS, on_metrics=die), spec(checkpoint_steps=5), blocks=blocks, tokenizer=tokenizer)
+pretrained(Path(sys.argv[1]), spec(checkpoint_steps=5), die)
 """
 
 
@@ -49,25 +53,41 @@ def spec(checkpoint_steps: int, evaluation_steps: int | None = None) -> Pretrain
     )
 
 
-def losses(model: Artifact) -> list[tuple[int, float, float]]:
+# A validation after every step: the one that a run told to stop had no time for is made up for.
+UNBROKEN = spec(checkpoint_steps=1000, evaluation_steps=1)
+
+
+def pretrained(root: Path, spec: PretrainedSpec, on_metrics: Any = None) -> Artifact:
+    store, blocks, tokenizer = blocks_and_tokenizer(root)
+    return build_pretrained(store, Machine(training=ALONE, on_metrics=on_metrics), spec, blocks=blocks, tokenizer=tokenizer)
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Artifact:
+    return pretrained(tmp_path_factory.mktemp("whole"), UNBROKEN)
+
+
+def reports(model: Artifact) -> list[dict[str, Any]]:
     rows = model.manifest.produced_by["metrics"]
-    return [(row["step"], row["loss"], row["grad_norm"]) for row in rows if "loss" in row]
+    return [{name: value for name, value in row.items() if name not in MEASURED} for row in rows]
 
 
-def test_killed_torn_and_resumed_equals_never_killed(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    store, blocks, tokenizer = blocks_and_tokenizer(tmp_path / "whole")
-    whole = build_pretrained(store, Machine(training=RANKS), spec(1000, 7), blocks=blocks, tokenizer=tokenizer)
-    assert [step for step, _, _ in losses(whole)] == list(range(1, 21))
+def losses(model: Artifact) -> list[dict[str, Any]]:
+    return [row for row in reports(model) if "loss" in row]
 
-    store, blocks, tokenizer = blocks_and_tokenizer(tmp_path / "killed")
-    killed = subprocess.run([sys.executable, "-c", DIE_AT_13, str(tmp_path / "killed")], check=False)
+
+def test_killed_torn_and_resumed_equals_never_killed(whole: Artifact, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    assert [row["step"] for row in losses(whole)] == list(range(1, 21))
+    assert all(row["grad_norm"] > 0 for row in losses(whole))
+    killed = subprocess.run([sys.executable, "-c", DIE_AT_13, str(tmp_path)], check=False)
     assert killed.returncode == -9
+    store, *_ = blocks_and_tokenizer(tmp_path)
     newest, older = checkpoint_folders(store.staging("pretrained", whole.key) / ".scratch" / "checkpoints")
     assert (newest.name, older.name) == ("checkpoint-10", "checkpoint-5")
     tear(newest)
 
     with caplog.at_level(logging.INFO):
-        resumed = build_pretrained(store, Machine(training=RANKS), spec(5), blocks=blocks, tokenizer=tokenizer)
+        resumed = pretrained(tmp_path, spec(checkpoint_steps=5))
     assert "checkpoint-10: passed over: " in caplog.text
     assert f"pretrained: resumed from {older}, step 5 of 20" in caplog.text
     assert resumed.manifest.produced_by["resumed_from"] == 5
@@ -81,3 +101,18 @@ def tear(checkpoint: Path) -> None:
     largest = max((path for path in checkpoint.rglob("*") if path.is_file()), key=lambda path: path.stat().st_size)
     with largest.open("r+b") as file:
         file.truncate(largest.stat().st_size - 1)
+
+
+def test_told_to_stop_and_run_again_equals_never_told(whole: Artifact, tmp_path: Path) -> None:
+    def tell(row: dict[str, Any]) -> None:
+        if row["step"] == 4 and "loss" in row:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(StoppedError, match=r"^pretrained: stopped after step \d+, whose checkpoint is kept; run again"):
+        pretrained(tmp_path, UNBROKEN, tell)
+    assert signal.getsignal(signal.SIGTERM) is before
+    again = pretrained(tmp_path, UNBROKEN)
+    assert 4 <= again.manifest.produced_by["resumed_from"] < 20
+    assert reports(again) == reports(whole)
+    assert again.content == whole.content
