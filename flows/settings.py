@@ -43,6 +43,9 @@ class Settings(BaseSettings):
     )
     store_endpoint: str | None = Field(None, description="where a shared store's server answers; absent: as the provider has it")
     cache: Path = Field(Path("~/.cache/seqmill-shared"), description="the folder for what is read from shared stores")
+    cache_gigabytes: float | None = Field(
+        None, gt=0, description="what that cache may take, but for what is in use; the least recently used goes; absent: any"
+    )
     num_workers: int | None = Field(None, ge=1, description="corpus workers; absent: one a core")
     pool: Literal["threads", "processes"] | None = Field(
         None, description="what corpus workers are; absent: threads of one process, up to 8 of them, else processes"
@@ -105,7 +108,8 @@ class Settings(BaseSettings):
     def open_store(self, progress: Progress = quiet) -> ArtifactStore:
         """The store; ``progress`` shows what a shared one transfers."""
         if isinstance(self.store, str):
-            return SharedStore(self.store, self.cache, endpoint=self.store_endpoint, progress=progress)
+            bound = None if self.cache_gigabytes is None else int(self.cache_gigabytes * 1e9)
+            return SharedStore(self.store, self.cache, endpoint=self.store_endpoint, progress=progress, cache_bytes=bound)
         return ArtifactStore(self.store_root)
 
     def open_local_store(self, command: str) -> ArtifactStore:

@@ -10,6 +10,7 @@ from flows.commands.common import JsonOption, StoreOption, print_json, print_tab
 from flows.console import out
 from flows.settings import load_settings
 from tasks.report.numbers import duration, size
+from tasks.store import SharedStore
 
 commands = typer.Typer()
 
@@ -58,10 +59,17 @@ def gc(
     store: StoreOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Move what no pin and no recent run needs into the trash, and delete what has lain there for the grace."""
+    """Move what no pin and no recent run needs into the trash, and delete what has lain there for the grace.
+
+    Of a shared store, delete this machine's copies that nothing has used for the grace.
+    """
     from tasks.store.gc import collect
 
-    artifacts = load_settings(store=store).open_local_store("gc")
+    settings = load_settings(store=store)
+    if isinstance(shared := settings.open_store(), SharedStore):
+        _trim(shared, grace, dry_run, as_json)
+        return
+    artifacts = settings.open_local_store("gc")
     collected = collect(artifacts, keep_last=keep_last, grace_seconds=grace * HOUR, dry_run=dry_run)
     if as_json:
         print_json(collected.row())
@@ -83,6 +91,19 @@ def gc(
         _say(
             f"{size(collected.trash_bytes)} in the trash, deleted by a gc in {duration(grace * HOUR)} or later, or with --grace 0"
         )
+
+
+def _trim(store: SharedStore, grace: float, dry_run: bool, as_json: bool) -> None:
+    """Give room back in the cache: no machine knows what others need of the bucket."""
+    from tasks.store.trim import trim
+
+    trimmed = trim(store.root, 0, unused_seconds=grace * HOUR, dry_run=dry_run)
+    if as_json:
+        print_json({"cache": str(store.root), "is_dry_run": dry_run, **vars(trimmed)})
+        return
+    would = "would be " if dry_run else ""
+    _say(f"{store.root}: {trimmed.number:,} copies of {size(trimmed.num_bytes)} {would}deleted, {size(trimmed.kept_bytes)} kept")
+    _say(f"{store.address} itself is left alone: no machine knows all runs; let the bucket's own rules expire what is old")
 
 
 def _say(line: str) -> None:

@@ -10,7 +10,6 @@ is emptied is taken back out of it.
 """
 
 import contextlib
-import fcntl
 import logging
 import os
 import shutil
@@ -25,7 +24,7 @@ import orjson
 
 from tasks.errors import StoreError
 from tasks.store.artifact import MANIFEST_NAME
-from tasks.store.lease import clock_ns, collecting, oldest_lease
+from tasks.store.lease import clock_ns, collecting, oldest_lease, try_lock
 from tasks.store.origin import folder_bytes
 from tasks.store.pins import last_refs, pins, unfinished_since
 from tasks.store.records import Records
@@ -215,7 +214,7 @@ def _move(root: Path, name: str, batch: Path) -> bool:
     *parents, kind, key = name.split("/")
     lock = root / ".locks" / f"{kind}-{key}"
     # Nobody begins to build an artifact meanwhile, for that a find has to come first; in its staging, perhaps.
-    with _try_lock(lock) if parents == [".staging"] or lock.exists() else contextlib.nullcontext(True) as is_free:
+    with try_lock(lock) if parents == [".staging"] or lock.exists() else contextlib.nullcontext(True) as is_free:
         if not is_free:
             return False
         (batch / name).parent.mkdir(parents=True, exist_ok=True)
@@ -242,28 +241,15 @@ def _remove_locks(root: Path, cutoff: float) -> None:
     with contextlib.suppress(FileNotFoundError), os.scandir(root / ".locks") as entries:
         for entry in entries:
             if entry.stat().st_mtime < cutoff:
-                with _try_lock(Path(entry.path)) as is_free:
+                with try_lock(Path(entry.path)) as is_free:
                     if is_free:
                         os.unlink(entry.path)
-
-
-@contextmanager
-def _try_lock(path: Path) -> Iterator[bool]:
-    """Hold a builder's place where nobody does; yields whether."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a+") as handle:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            yield False
-            return
-        yield True
 
 
 def _is_locked(path: Path) -> bool:
     if not path.exists():
         return False
-    with _try_lock(path) as is_free:
+    with try_lock(path) as is_free:
         return not is_free
 
 

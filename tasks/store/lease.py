@@ -86,6 +86,19 @@ def oldest_lease(root: Path) -> float | None:
     return min(began, default=None)
 
 
+@contextmanager
+def try_lock(path: Path) -> Iterator[bool]:
+    """Hold a builder's place where nobody does; yields whether."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a+") as handle:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            yield False
+            return
+        yield True
+
+
 def end_lease(root: Path) -> None:
     """Give up this process's own lease: it uses nothing of the store any more."""
     with _held_lock:

@@ -3,10 +3,15 @@
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
 
+from flows.commands.keeping import commands
 from flows.settings import load_settings
 from tasks.errors import SettingsError
+from tasks.machine import Machine
 from tasks.store import ArtifactStore, SharedStore
+from tasks.store.lease import end_lease
+from tests.store.shared_build import WordSpec, build_word
 
 URL = "s3://bucket/prefix"
 
@@ -38,3 +43,18 @@ def test_flows_find_the_url_in_the_environment(tmp_path: Path, monkeypatch: pyte
 def test_an_address_of_another_sort_is_refused() -> None:
     with pytest.raises(SettingsError, match=r"store: .*is the address of no store"):
         load_settings(store="http://127.0.0.1/store")
+
+
+def test_a_cache_has_a_bound_where_one_is_set_and_gc_trims_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    url = f"file://{tmp_path / 'bucket'}"
+    store = load_settings(store=url, cache=tmp_path / "cache", cache_gigabytes=1.5).open_store()
+    assert isinstance(store, SharedStore)
+    assert store.room.most_bytes == 1_500_000_000
+    word = build_word(store, Machine(), WordSpec(word="abc"))
+    end_lease(store.root)
+    monkeypatch.setenv("SEQMILL_CACHE", str(tmp_path / "cache"))
+    for options, is_there in ((("--grace", "1"), True), (("--grace", "0", "--dry-run"), True), (("--grace", "0"), False)):
+        result = CliRunner().invoke(commands, ["gc", "--store", url, *options])
+        assert result.exit_code == 0
+        assert word.folder.exists() == is_there
+    assert build_word(store, Machine(), WordSpec(word="abc")).found
