@@ -14,7 +14,7 @@ import pytest
 from tests.e2e.operated import LONG, SECRET, Operated, operated, wait_for
 from tests.e2e.world import corpus
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 
 FLOWS = ["corpus-flow", "pretrain-flow", "sft-flow", "adapt-flow", "everything-flow", "watch-flow"]
 UPKEEP = ["verify-flow", "gc-flow"]

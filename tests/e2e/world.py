@@ -118,8 +118,12 @@ class World:
 
     def seqmill(self, *arguments: str, code: int = 0) -> str:
         """Run `seqmill` to its end; its standard output, or its standard error where it should fail."""
-        process = self.start(*arguments)
-        stdout, stderr = process.communicate(timeout=280)
+        with self.start(*arguments) as process:
+            try:
+                stdout, stderr = process.communicate()  # the test's own time limit is the bound
+            except BaseException:
+                process.kill()
+                raise
         assert process.returncode == code, stderr
         return stdout if code == 0 else stderr
 
