@@ -81,6 +81,8 @@ class Recipe(BaseModel):
             raise ValueError("published: the recipe has pretrained too; a base is trained here or published, leave one out")
         if self.tokenizer is None and self.published is None:
             raise ValueError("tokenizer: absent; it must be given where no published model brings one")
+        if self.published and self.tokenizer and self.tokenizer.train:
+            raise ValueError("tokenizer.train: a published model has ids of its own tokenizer; leave the section tokenizer out")
         of_corpus = {"documents", "tokens", "blocks"} & self.model_fields_set
         if self.archive is None and of_corpus:
             raise ValueError(

@@ -27,7 +27,7 @@ from tasks.training.adapters.specs import (
     QloraSpec,
 )
 from tasks.training.deepspeed import load_deepspeed_config, zero_stage
-from tasks.training.finetuned import base_model, copy_tokenizer, example_rows
+from tasks.training.finetuned import base_model, check_tokenizer, copy_tokenizer, example_rows
 from tasks.training.launch import run_worker
 from tasks.training.model import read_config
 from tasks.training.optimization import OptimizationSpec
@@ -103,6 +103,7 @@ class AdapterSpec(OptimizationSpec):
 def build_adapter(work: Work, spec: AdapterSpec, base: Artifact, examples: Artifact) -> Built:
     """Train an adapter on examples; the base stays as it is, to the bit."""
     check_machine(spec, work.machine.training)
+    check_tokenizer(work.store, base, examples, "adapter")
     check_room(read_config(base.path), examples.stats["block_size"], spec.num_virtual_tokens, f"adapter.{spec.method}")
     start = base_model(base, examples, "adapter", adapter_plan(spec, base))
     outcome = train(work, spec, "adapter", example_rows(base, examples), start)

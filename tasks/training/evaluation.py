@@ -27,6 +27,7 @@ from tasks.machine import Machine
 from tasks.schemas import as_ids
 from tasks.store import Artifact, ArtifactStore, Built, Spec, Work, stage
 from tasks.training.adapter import adapted_folders
+from tasks.training.finetuned import check_tokenizer
 from tasks.training.harness import HarnessSpec, identify_tasks
 from tasks.training.launch import run_worker
 
@@ -99,6 +100,8 @@ def build_evaluation(
     examples: Artifact | None = None,
 ) -> Built:
     """Run the evaluator over one model, then score what it answered."""
+    for rows in filter(None, (blocks, examples)):
+        check_tokenizer(work.store, model, rows, "evaluation")
     plan = evaluator_plan(spec, work.scratch, model=model, adapter=adapter, blocks=blocks, examples=examples)
     plan_path = work.scratch / "plan.json"
     plan_path.write_bytes(orjson.dumps(asdict(plan)))

@@ -12,12 +12,14 @@ from typing import Any
 
 import orjson
 
-from tasks.store import Artifact, Built, Work, stage
+from tasks.errors import RecipeError
+from tasks.store import Artifact, ArtifactStore, Built, Work, stage
 from tasks.training.model import check_fits, read_config
 from tasks.training.optimization import OptimizationSpec
 from tasks.training.run import Rows, Start, train
 
 CHAT_TEMPLATE = "chat_template.jinja"
+TOKENIZER_JSON = "tokenizer.json"
 MODEL_FILES = ("config.json", "generation_config.json", "*.safetensors", "*.safetensors.index.json")
 
 
@@ -28,6 +30,7 @@ class FinetunedSpec(OptimizationSpec):
 @stage("finetuned", revision=1)
 def build_finetuned(work: Work, spec: FinetunedSpec, base: Artifact, examples: Artifact) -> Built:
     """Train every weight of the base on examples."""
+    check_tokenizer(work.store, base, examples, "finetuned")
     start = base_model(base, examples, "finetuned")
     outcome = train(work, spec, "finetuned", example_rows(base, examples), start)
     copy_tokenizer(base, examples, work.folder)
@@ -66,6 +69,26 @@ def generation_fields(folder: Path, end_markers: Iterable[int]) -> dict[str, Any
     ends = fields.get("eos_token_id", [])
     ends = ends if isinstance(ends, list) else [ends]
     return {"eos_token_id": [*ends, *(end for end in end_markers if end not in ends)], "pad_token_id": fields.get("pad_token_id")}
+
+
+def check_tokenizer(store: ArtifactStore, model: Artifact, rows: Artifact, where: str) -> None:
+    """Raise RecipeError where rows were made with another tokenizer than the model's: its ids would mean other text."""
+    made = tokenizer_of(store, rows)
+    if made is None or not made.has_file(TOKENIZER_JSON) or not model.has_file(TOKENIZER_JSON):
+        return
+    if made.entry(TOKENIZER_JSON).digest != model.entry(TOKENIZER_JSON).digest:
+        raise RecipeError(
+            f"{where}: {rows.ref} was made with {made.ref}, which is not the tokenizer of {model.ref}; "
+            "leave the recipe's section tokenizer out, or name the model's own"
+        )
+
+
+def tokenizer_of(store: ArtifactStore, rows: Artifact) -> Artifact | None:
+    """The tokenizer that examples or blocks were made with; None where the store has it no longer."""
+    inputs = rows.manifest.produced_by.get("inputs", {})
+    kind, _, key = inputs.get("tokenizer", inputs.get("tokens", "")).partition("/")
+    found = store.load(kind, key) if key else None
+    return tokenizer_of(store, found) if found and kind == "tokens" else found
 
 
 def copy_tokenizer(base: Artifact, examples: Artifact, target: Path) -> None:

@@ -56,6 +56,10 @@ TRAINED = {"global_batch_size": 2, "num_steps": 2, "learning_rate": 1e-3}
         ({"tokenizer.train.vocab_size": 400}, r"tokenizer.train.vocab_size: 400 ids do not fit the model's 300 .*; lower"),
         ({"archive": None}, r"archive: absent, and so is published; a recipe begins with a corpus, or with a published model"),
         ({"published": {"weights": "x/y"}}, r"published: the recipe has pretrained too; .*, leave one out"),
+        (
+            {"pretrained": None, "published": {"weights": "x/y"}, "finetuned": None},
+            r"tokenizer.train: a published model has ids of its own tokenizer; leave the section tokenizer out",
+        ),
         ({"tokenizer": None}, r"tokenizer: absent; it must be given where no published model brings one"),
         ({"gates.adapter.at_most.validation_loss": 1}, r"gates.adapter: the recipe has no such model; it has pretrained"),
         ({"gates.pretrained.at_most.validation_loss": 1}, r"gates.pretrained: needs the section evaluation, .*"),
