@@ -4,13 +4,11 @@ A filter looks at one text alone and gives the reason to drop it, which the ledg
 """
 
 import importlib
-import importlib.util
 import re
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from importlib.machinery import ModuleSpec, SourceFileLoader
-from pathlib import Path
 from types import CodeType
 from typing import Any, Literal
 
@@ -18,8 +16,9 @@ import numpy as np
 import numpy.typing as npt
 from pydantic import Field, model_validator
 
+from tasks.corpus.own_files import own_files
 from tasks.errors import CorpusError, RecipeError
-from tasks.store import Digest, Spec, digest_file
+from tasks.store import Digest, Spec, digest_file, digest_json
 
 # The reason to drop a text, None to keep it.
 Filter = Callable[[str], str | None]
@@ -94,13 +93,14 @@ def check_function_name(name: str) -> str:
 
 
 def digest_function(name: str) -> Digest:
-    """The digest of the file that holds a user's function: other bytes there may drop other documents."""
+    """The digest of the files that a user's function is made of: other bytes there may drop other documents."""
     module = name.partition(":")[0]
     with _current_folder(), _told(name):
-        found = _find(module)
-    if found is None or not found.origin or not Path(found.origin).is_file():
+        files = own_files(module, find_module)
+    if not files:
         raise RecipeError(f"documents.filter: no module {module!r}; install it, or run where its file {module}.py lies")
-    return digest_file(Path(found.origin))
+    digests = {other: digest_file(path) for other, path in files.items()}
+    return digests[module] if len(digests) == 1 else digest_json(digests)
 
 
 def user_filter(name: str) -> Filter:
@@ -126,15 +126,34 @@ def user_filter(name: str) -> Filter:
 def _import(name: str) -> Callable[[str], Any]:
     module, _, function = name.partition(":")
     with _current_folder(), _told(name):
-        found = _find(module)
+        found = find_module(module)
         if found is None or found.loader is None:
             raise ModuleNotFoundError(f"no module {module!r}")
-        if isinstance(found.loader, SourceFileLoader):
-            found.loader = _Uncached(module, found.loader.path)
-        sys.modules[module] = loaded = importlib.util.module_from_spec(found)
-        found.loader.exec_module(loaded)
+        with _anew(set(own_files(module, find_module))):
+            loaded = importlib.import_module(module)
         keep: Callable[[str], Any] = getattr(loaded, function)
     return keep
+
+
+@contextmanager
+def _anew(modules: set[str]) -> Iterator[None]:
+    """While these modules are imported from the bytes of now, which the key says, whatever this process imported before."""
+
+    class Finder:
+        @staticmethod
+        def find_spec(name: str, path: Any = None, target: Any = None) -> ModuleSpec | None:
+            found = _found(name, path, [one for one in sys.meta_path if one is not Finder]) if name in modules else None
+            if found and isinstance(found.loader, SourceFileLoader):
+                found.loader = _Uncached(name, found.loader.path)
+            return found
+
+    for name in modules:
+        sys.modules.pop(name, None)
+    sys.meta_path.insert(0, Finder)
+    try:
+        yield
+    finally:
+        sys.meta_path.remove(Finder)
 
 
 class _Uncached(SourceFileLoader):
@@ -145,12 +164,16 @@ class _Uncached(SourceFileLoader):
         return self.source_to_code(self.get_data(path), path)
 
 
-def _find(module: str) -> ModuleSpec | None:
+def find_module(module: str) -> ModuleSpec | None:
     """Where a module lies now: not where this process, perhaps in another folder, found it before."""
     importlib.invalidate_caches()
     parent = module.rpartition(".")[0]
     path = importlib.import_module(parent).__path__ if parent else None
-    specs = (finder.find_spec(module, path) for finder in sys.meta_path)
+    return _found(module, path, sys.meta_path)
+
+
+def _found(module: str, path: Any, finders: Sequence[Any]) -> ModuleSpec | None:
+    specs = (finder.find_spec(module, path) for finder in finders)
     return next((spec for spec in specs if spec), None)
 
 

@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 
 from tasks.corpus.documents import DocumentsSpec, build_documents
-from tasks.corpus.quality import CharacterRatio, digest_function, filters_of, ratio_filter, user_filter
+from tasks.corpus.own_files import own_files
+from tasks.corpus.quality import CharacterRatio, find_module, digest_function, filters_of, ratio_filter, user_filter
 from tasks.errors import CorpusError, RecipeError
 from tasks.machine import Machine
 from tasks.store import Artifact, ArtifactStore, digest_file
@@ -114,3 +115,38 @@ def test_a_function_that_cannot_be_used_is_told(store: ArtifactStore, module: Pa
     module.write_text(source)
     with pytest.raises(error, match=message):
         build(store, ["abc"], filter=name)
+
+
+def test_other_bytes_in_a_file_that_the_user_s_imports_are_another_key_and_other_documents(
+    store: ArtifactStore, module: Path, tmp_path: Path
+) -> None:
+    module.write_text("import json\nfrom limits import most\n\ndef keep(text):\n    return len(text) < most()\n")
+    (tmp_path / "limits").mkdir()
+    (tmp_path / "limits/__init__.py").write_text("from .numbers_ import MOST\n\ndef most():\n    return MOST\n")
+    (tmp_path / "limits/numbers_.py").write_text("MOST = 5\n")
+    first = build(store, ["abc", "abcdef"], filter="wanted:keep")
+    assert (first.stats["num_documents"], build(store, ["abc", "abcdef"], filter="wanted:keep").found) == (1, True)
+    (tmp_path / "limits/numbers_.py").write_text("MOST = 9\n")  # of the same size, and in the same second
+    again = build(store, ["abc", "abcdef"], filter="wanted:keep")
+    assert (again.key == first.key, again.stats["num_documents"]) == (False, 2)
+    for name in ("limits", "limits.numbers_"):
+        sys.modules.pop(name, None)
+
+
+def test_files_are_a_user_s_own_to_the_last_and_no_other_s(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    (tmp_path / "mine").mkdir()
+    sources = {
+        "mine/__init__.py": "",
+        "mine/filters.py": "import numpy\nfrom tasks.errors import CorpusError\nfrom . import words\nfrom mine.more import x\n",
+        "mine/words.py": "def f():\n    import lazy\n",
+        "mine/more.py": "import mine.filters\nx = 1\n",
+        "lazy.py": "import absent\n",
+        "unused.py": "",
+    }
+    for name, text in sources.items():
+        (tmp_path / name).write_text(text)
+    assert sorted(own_files("mine.filters", find_module)) == ["lazy", "mine", "mine.filters", "mine.more", "mine.words"]
+    for name in [name for name in sys.modules if name.partition(".")[0] == "mine"]:
+        sys.modules.pop(name)
