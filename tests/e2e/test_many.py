@@ -157,5 +157,6 @@ def test_twenty_runs_at_once_are_all_completed_and_no_stage_is_built_twice(many:
     assert states == {"Completed": NUM_RUNS}
     built = [ref for run in runs for ref in many.built_by(run)]
     assert [ref for ref, times in Counter(built).items() if times > 1] == []
+    wait_for(lambda: all(many.has_told_all(run) for run in runs))
     kinds = Counter(ref.partition("/")[0] for ref in built)
     assert (kinds["blocks"], kinds["pretrained"]) == (1 + NUM_RUNS // 2, 1)
