@@ -38,13 +38,13 @@ class Nodes:
     def address(self, node: int) -> str:
         return f"{SUBNET}.{node + 1}"
 
-    def start(self, node: int, arguments: Sequence[str], log: Path) -> "subprocess.Popen[bytes]":
+    def start(self, node: int, arguments: Sequence[str], log: Path, **variables: str) -> "subprocess.Popen[bytes]":
         """`python ARGUMENTS` on a node; what it says goes to ``log``. `ip netns exec` becomes the process that it starts."""
         with log.open("ab") as target:
             return subprocess.Popen(
                 ["ip", "netns", "exec", self.names[node], sys.executable, *arguments],
                 stdin=subprocess.DEVNULL, stdout=target, stderr=subprocess.STDOUT,
-                env={**os.environ, "OMP_NUM_THREADS": "1"},
+                env={**os.environ, "OMP_NUM_THREADS": "1", **variables},
             )  # fmt: skip
 
     def unplug(self, node: int) -> None:
