@@ -2,6 +2,8 @@ from pathlib import Path
 
 import pytest
 
+from tasks.store import ArtifactStore
+
 MINIMAL = """
 name: minimal
 archive: {url: corpus.jsonl}
@@ -13,6 +15,14 @@ pretrained:
   num_steps: 2
   learning_rate: 1e-3
 """
+
+
+@pytest.fixture(scope="session")
+def store(tmp_path_factory: pytest.TempPathFactory) -> ArtifactStore:
+    """A store of tiny models, made once: nobody writes into it."""
+    from tests.flows.models import small_store  # here, since it takes torch
+
+    return small_store(tmp_path_factory.mktemp("models"))
 
 
 @pytest.fixture

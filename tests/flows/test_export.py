@@ -11,7 +11,7 @@ from flows.export import export_model
 from tasks.errors import RefError, UserError
 from tasks.machine import Machine
 from tasks.store import Artifact, ArtifactStore, Built, Spec, Work, stage, unkeyed
-from tests.flows.models import FolderSpec, build_adapter, build_examples, build_untemplated, small_store
+from tests.flows.models import FolderSpec, build_adapter, build_examples, build_untemplated
 from tests.training.tiny import save_tiny_model
 
 IDS = torch.tensor([[1, 2, 3, 4, 5]])
@@ -32,11 +32,6 @@ def build_bottleneck(work: Work, spec: FolderSpec, base: Artifact, examples: Art
 def build_published(work: Work, spec: PublishedSpec) -> Built:
     save_tiny_model(work.folder)
     return Built()
-
-
-@pytest.fixture(scope="module")
-def store(tmp_path_factory: pytest.TempPathFactory) -> ArtifactStore:
-    return small_store(tmp_path_factory.mktemp("store"))
 
 
 def names(folder: Path) -> list[str]:

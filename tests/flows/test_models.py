@@ -12,12 +12,7 @@ from flows.models import folders_of
 from tasks.errors import RefError
 from tasks.machine import Machine
 from tasks.store import ArtifactStore
-from tests.flows.models import FolderSpec, build_untemplated, small_store
-
-
-@pytest.fixture(scope="module")
-def store(tmp_path_factory: pytest.TempPathFactory) -> ArtifactStore:
-    return small_store(tmp_path_factory.mktemp("store"))
+from tests.flows.models import FolderSpec, build_untemplated
 
 
 def seqmill(store: ArtifactStore, *arguments: str, typed: str = "") -> Result:

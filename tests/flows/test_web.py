@@ -8,12 +8,11 @@ from starlette.testclient import TestClient
 
 from flows.models import load
 from flows.web import Asked, chat_page
-from tests.flows.models import small_store
+from tasks.store import ArtifactStore
 
 
 @pytest.fixture(scope="module")
-def client(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TestClient]:
-    store = small_store(tmp_path_factory.mktemp("store"))
+def client(store: ArtifactStore) -> Iterator[TestClient]:
     found = [store.resolve(kind) for kind in ("pretrained", "finetuned", "adapter")]
     app = chat_page([Asked(artifact, load(store, artifact)) for artifact in found])
     with TestClient(app, base_url="http://127.0.0.1") as client:
@@ -21,7 +20,7 @@ def client(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TestClient]:
 
 
 def ask(client: TestClient, **fields: Any) -> Any:
-    question = {"model": 1, "turns": [{"role": "user", "content": "hi"}], "max_new_tokens": 8, "temperature": 2.0, **fields}
+    question = {"model": 1, "turns": [{"role": "user", "content": "hi"}], "max_new_tokens": 6, "temperature": 2.0, **fields}
     return client.post("/ask", json=question)
 
 
@@ -57,7 +56,7 @@ def test_what_cannot_be_asked_is_said(client: TestClient, fields: dict[str, Any]
 
 
 def test_what_the_model_has_no_room_for_any_more_is_told(client: TestClient) -> None:
-    said = [{"role": role, "content": "x" * 16} for role in ("user", "assistant")]
+    said = [{"role": role, "content": "x" * 20} for role in ("user", "assistant")]
     last = {"role": "user", "content": "hi"}
     assert ask(client, turns=[last]).headers["X-Forgotten-Turns"] == "0"
     assert ask(client, turns=[*said, last]).headers["X-Forgotten-Turns"] == "2"
