@@ -7,7 +7,7 @@ Writes  documents-shard  documents.parquet   DOCUMENTS: text
 
 import hashlib
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from itertools import chain
@@ -23,11 +23,12 @@ from tasks.corpus.duplicates import Seen, open_seen
 from tasks.corpus.journal import Journal
 from tasks.corpus.judge import DUPLICATE, NEAR_DUPLICATE, Ledger, Outcome, drop, judge
 from tasks.corpus.many_readers import plan_ranges, read_ranges, write_shards
-from tasks.corpus.near_duplicates import NearDuplicates, open_near_seen
+from tasks.corpus.near_duplicates import KEPT_LOG, NearDuplicates, NearSeen, open_near_seen
 from tasks.corpus.quality import CharacterRatio, check_function_name, digest_function, filters_of
 from tasks.corpus.quarantine import Quarantine, open_quarantine, write_quarantine
 from tasks.corpus.ranges import RangeSpec
 from tasks.corpus.reader import BLANK, BadLine, Batch, read_batches
+from tasks.corpus.scratch_log import ScratchLog, open_log
 from tasks.corpus.shards import load_shard, sum_stats
 from tasks.corpus.stitching import Cutter, Stitcher, split_of
 from tasks.errors import CorpusError
@@ -36,6 +37,8 @@ from tasks.schemas import SPLITS
 from tasks.store import Artifact, ArtifactStore, Built, ShardEntry, Spec, Work, stage, unkeyed
 
 log = logging.getLogger(__name__)
+
+DROPPED_LOG = "near-dropped"  # the digests of what was nearly a document before
 
 
 class DocumentsSpec(Spec):
@@ -51,7 +54,8 @@ class DocumentsSpec(Spec):
         None, description="drop a document by the share of a class of characters"
     )
     filter: str | None = Field(
-        None, description="your own module:function, which takes a text and returns whether to keep it; its file's bytes count"
+        None,
+        description="your own module:function, which takes a text and returns whether to keep it; the bytes of your files count",
     )
     validation_fraction: float = Field(0.005, ge=0, lt=1, description="the share of documents in the validation split")
     max_quarantined_fraction: float = unkeyed(
@@ -85,7 +89,7 @@ def identify_filter(spec: DocumentsSpec, store: ArtifactStore, machine: Machine)
 def build_documents(work: Work, spec: DocumentsSpec, archive: Artifact) -> Built:
     """Stream the archive into shards; bad lines go to quarantine, and too many of them fail the stage.
 
-    A build that was killed goes on behind the last shards that it stored, but for near duplicates, whose memory is lost.
+    A build that was killed goes on behind the last shards that it stored.
     """
     return _by_many_readers(work, spec, archive) or _by_one_reader(work, spec, archive)
 
@@ -98,18 +102,17 @@ def _by_one_reader(work: Work, spec: DocumentsSpec, archive: Artifact) -> Built:
         shards = stack.enter_context(open_shards(work, spec.shard_bytes, spec.validation_fraction))
         start, num_quarantine_bytes = journal.restore(work.store, ledger, shards, scratch)
         quarantine = stack.enter_context(open_quarantine(scratch, num_quarantine_bytes))
-        droppers = stack.enter_context(open_droppers(work, spec, shards))
+        droppers = stack.enter_context(open_droppers(work, spec, shards, journal.logs))
         filters = filters_of(spec.min_characters, spec.max_characters, spec.character_ratios or (), spec.filter)
         sorting = Sorting(path, spec, ledger, shards, quarantine)
         for batch in read_batches(path, advance, work.machine.num_workers, (spec.text_field,), start):
             outcomes = [judge(row, spec.text_field, filters) for row in batch.rows]
-            for drop_some in droppers:
-                drop_some(outcomes)
+            droppers.drop(outcomes)
             sorting.take(batch, outcomes)
             if sorting.is_full:
                 break
-            if batch.end and spec.near_duplicates is None and journal.is_due(shards):
-                journal.write(batch.end(), ledger, shards, quarantine.num_bytes())
+            if batch.end and journal.is_due(shards):
+                journal.write(batch.end(), ledger, shards, quarantine.num_bytes(), droppers.settle())
         entries = shards.finish()
     return _finished(work, spec, path, ledger, entries)
 
@@ -180,24 +183,49 @@ class Sorting:
                 self.ledger.refuse_early(self.path, self.spec.max_quarantined_fraction, self.ledger.num_lines)
 
 
-# Puts in the place of documents that came before why they are dropped.
-Dropper = Callable[[list[Outcome]], None]
+@dataclass
+class Droppers:
+    """Puts in the place of documents that came before why they are dropped. near: with the log of what it dropped."""
+
+    seen: Seen | None = None
+    near: tuple[NearSeen, ScratchLog] | None = None
+
+    def drop(self, outcomes: list[Outcome]) -> None:
+        if seen := self.seen:
+            drop(outcomes, DUPLICATE, lambda some: seen.firsts([one.digest for one in some]))
+        if self.near:
+            drop(outcomes, NEAR_DUPLICATE, self._are_unlike)
+
+    def _are_unlike(self, documents: list[Document]) -> list[bool]:
+        assert self.near
+        near, dropped = self.near
+        unlike = near.firsts([one.data.decode() for one in documents])
+        dropped.append(b"".join(one.digest for one, is_unlike in zip(documents, unlike, strict=True) if not is_unlike))
+        return unlike
+
+    def settle(self) -> dict[str, int]:
+        """Put on disk what no shard tells; the logs and their bytes."""
+        if not self.near:
+            return {}
+        near, dropped = self.near
+        return {KEPT_LOG: near.settle(), DROPPED_LOG: dropped.settle()}
 
 
 @contextmanager
-def open_droppers(work: Work, spec: DocumentsSpec, shards: Shards) -> Iterator[list[Dropper]]:
-    """What drops the duplicates that the recipe does not want; it remembers the documents that ``shards`` already has."""
-    droppers: list[Dropper] = []
+def open_droppers(work: Work, spec: DocumentsSpec, shards: Shards, logs: Mapping[str, int]) -> Iterator[Droppers]:
+    """What drops the duplicates that the recipe does not want; it remembers what ``shards`` and the logs already have."""
+    droppers = Droppers()
     with ExitStack() as stack:
-        if spec.deduplicate:
-            seen = stack.enter_context(open_seen(work.scratch))
-            _remember(seen, work.store, shards)
-            droppers.append(lambda outcomes: drop(outcomes, DUPLICATE, lambda some: seen.firsts([one.digest for one in some])))
         if spec.near_duplicates:
-            near = stack.enter_context(open_near_seen(work.scratch, spec.near_duplicates))
-            droppers.append(
-                lambda outcomes: drop(outcomes, NEAR_DUPLICATE, lambda some: near.firsts([one.data.decode() for one in some]))
-            )
+            near = stack.enter_context(open_near_seen(work.scratch, spec.near_duplicates, logs.get(KEPT_LOG, 0)))
+            log = stack.enter_context(open_log(work.scratch / DROPPED_LOG, DIGEST_BYTES, logs.get(DROPPED_LOG, 0)))
+            droppers.near = (near, log)
+        if spec.deduplicate:
+            droppers.seen = stack.enter_context(open_seen(work.scratch))
+            _remember(droppers.seen, work.store, shards)
+            if droppers.near:  # a copy of what was nearly another is a copy
+                for digests in droppers.near[1].all():
+                    droppers.seen.firsts(_cut(digests))
         yield droppers
 
 
@@ -207,8 +235,11 @@ def _remember(seen: Seen, store: ArtifactStore, shards: Shards) -> None:
         for texts in read_texts(load_shard(store, entry).file("documents.parquet")):
             seen.firsts([hashlib.sha256(text.encode()).digest() for text in texts])
     for sharder in shards.sharders.values():
-        digests = bytes(sharder.pending.digests)
-        seen.firsts([digests[start : start + DIGEST_BYTES] for start in range(0, len(digests), DIGEST_BYTES)])
+        seen.firsts(_cut(bytes(sharder.pending.digests)))
+
+
+def _cut(digests: bytes) -> list[bytes]:
+    return [digests[start : start + DIGEST_BYTES] for start in range(0, len(digests), DIGEST_BYTES)]
 
 
 def _refuse_nothing(path: Path, ledger: Ledger, splits: dict[str, Any], fraction: float) -> None:

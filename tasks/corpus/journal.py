@@ -13,7 +13,7 @@ import os
 import time
 from array import array
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -28,7 +28,7 @@ from tasks.store.digest import write_atomically
 
 log = logging.getLogger(__name__)
 
-FORM = 1  # of the journal; another is passed over
+FORM = 2  # of the journal; another is passed over
 # A journal writes the documents that fill no shard yet, 100 MB at most: not behind every shard.
 JOURNAL_SECONDS = 5.0
 
@@ -39,14 +39,17 @@ class Journal:
     def __init__(self, folder: Path) -> None:
         self.folder, self.path = folder, folder / "journal.json"
         self.number = self.num_full = 0
+        self.logs: dict[str, int] = {}  # scratch logs by name, and how many of their bytes count
         self.written_at = time.monotonic()
 
     def is_due(self, shards: Shards) -> bool:
         """Whether a shard was filled since the last journal, and that is long enough ago."""
         return shards.num_full > self.num_full and time.monotonic() - self.written_at >= JOURNAL_SECONDS
 
-    def write(self, position: Position, ledger: Ledger, shards: Shards, num_quarantine_bytes: int) -> None:
-        """Record that everything before ``position`` is in the ledger, the shards and the quarantine."""
+    def write(
+        self, position: Position, ledger: Ledger, shards: Shards, num_quarantine_bytes: int, logs: Mapping[str, int]
+    ) -> None:
+        """Record that everything before ``position`` is in the ledger, the shards, the quarantine and the logs."""
         shards.settle()
         pending = self.folder / f"pending-{self.number + 1}"
         with pending.open("wb") as file:
@@ -61,6 +64,7 @@ class Journal:
             "entries": {split: [entry.model_dump(mode="json") for entry in some] for split, some in shards.entries.items()},
             "pending": sizes,
             "num_quarantine_bytes": num_quarantine_bytes,
+            "logs": dict(logs),
         }
         write_atomically(self.path, json.dumps(state).encode())
         (self.folder / f"pending-{self.number}").unlink(missing_ok=True)
@@ -75,7 +79,8 @@ class Journal:
             return Position(), 0
         try:
             state = json.loads(self.path.read_bytes())
-            _check_quarantine(quarantine, state["num_quarantine_bytes"])
+            for path, num_bytes in ((quarantine, state["num_quarantine_bytes"]), *self._logs(state)):
+                _check_size(path, num_bytes)
             entries, position = _entries(state, store), _position(state["position"])
             pending = dict(_read_pending(self.folder / f"pending-{state['number']}", state["pending"]))
         except (OSError, ValueError, KeyError, TypeError) as error:
@@ -86,9 +91,12 @@ class Journal:
         shards.entries.update(entries)
         for split, shard in pending.items():
             shards.sharders[split].pending = shard
-        self.number, self.num_full = state["number"], shards.num_full
+        self.number, self.num_full, self.logs = state["number"], shards.num_full, state["logs"]
         log.info("goes on at line %d, with %d shards stored", position.line, self.num_full)
         return position, state["num_quarantine_bytes"]
+
+    def _logs(self, state: dict[str, Any]) -> list[tuple[Path, int]]:
+        return [(self.folder / name, num_bytes) for name, num_bytes in state["logs"].items()]
 
 
 def _entries(state: dict[str, Any], store: ArtifactStore) -> dict[str, list[ShardEntry]]:
@@ -101,7 +109,7 @@ def _entries(state: dict[str, Any], store: ArtifactStore) -> dict[str, list[Shar
     return entries
 
 
-def _check_quarantine(path: Path, num_bytes: int) -> None:
+def _check_size(path: Path, num_bytes: int) -> None:
     if num_bytes and path.stat().st_size < num_bytes:
         raise ValueError(f"{path} has {path.stat().st_size} bytes, fewer than {num_bytes}")
 

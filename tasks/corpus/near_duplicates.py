@@ -16,12 +16,15 @@ import numpy.typing as npt
 from pydantic import Field, model_validator
 
 from tasks.corpus.duplicates import LOOKUP_ROWS, open_table
+from tasks.corpus.scratch_log import ScratchLog, open_log
 from tasks.errors import RecipeError
 from tasks.store import Spec
 
 SEED = 42  # of the permutations
 MULTIPLIER = np.uint64(0x9E3779B97F4A7C15)  # odd, 2**64 / the golden ratio: n-grams that differ in one character get far hashes
 WAITING_DOCUMENTS = 20_000  # new ones held in memory until they are inserted: about 60 MB with 16 bands
+
+KEPT_LOG = "near-kept"  # the signatures of what was kept, in order
 
 Signatures = npt.NDArray[np.uint32]
 
@@ -78,8 +81,8 @@ def ngram_hashes(text: str, size: int) -> npt.NDArray[np.uint64]:
 class NearSeen:
     """The kept documents' signatures so far, by number, and which of them stands first in each band."""
 
-    def __init__(self, connection: sqlite3.Connection, spec: NearDuplicates) -> None:
-        self.connection, self.spec = connection, spec
+    def __init__(self, connection: sqlite3.Connection, spec: NearDuplicates, log: ScratchLog) -> None:
+        self.connection, self.spec, self.log = connection, spec, log
         self.num_kept = 0
         self.bands: dict[bytes, int] = {}  # those that wait to be inserted
         self.kept: dict[int, Signatures] = {}
@@ -96,6 +99,20 @@ class NearSeen:
             self._insert()
         return fresh
 
+    def settle(self) -> int:
+        """Put what was kept on disk; returns the log's bytes, from which ``remember`` makes all of this anew."""
+        self._insert()
+        return self.log.settle()
+
+    def remember(self) -> None:
+        """Enter what the log has of a build that goes on."""
+        for data in self.log.all():
+            for row in np.frombuffer(data, np.uint32).reshape(-1, self.spec.num_permutations):
+                for key in _band_keys(row, self.spec.num_bands):
+                    self.bands.setdefault(key, self.num_kept)
+                self.num_kept += 1
+            self._insert_bands()
+
     def _is_fresh(self, row: Signatures, keys: list[bytes], stored: dict[bytes, int]) -> bool:
         candidates = {number for key in keys if (number := self.bands.get(key, stored.get(key))) is not None}
         if any(np.mean(row == self._signature(number)) >= self.spec.threshold for number in sorted(candidates)):
@@ -110,8 +127,7 @@ class NearSeen:
     def _signature(self, number: int) -> Signatures:
         if number in self.kept:
             return self.kept[number]
-        (data,) = self.connection.execute("SELECT signature FROM kept WHERE number = ?", (number,)).fetchone()
-        return np.frombuffer(data, np.uint32)
+        return np.frombuffer(self.log.record(number), np.uint32)
 
     def _stored(self, keys: list[bytes]) -> dict[bytes, int]:
         found: dict[bytes, int] = {}
@@ -122,12 +138,14 @@ class NearSeen:
         return found
 
     def _insert(self) -> None:
-        # Sorted: at random places, an insertion costs 50 us once the table outgrows its cache.
-        self.connection.executemany("INSERT INTO bands VALUES (?, ?)", sorted(self.bands.items()))
-        rows = ((number, row.tobytes()) for number, row in self.kept.items())
-        self.connection.executemany("INSERT INTO kept VALUES (?, ?)", rows)
-        self.bands.clear()
+        self._insert_bands()
+        self.log.append(b"".join(row.tobytes() for row in self.kept.values()))
         self.kept.clear()
+
+    def _insert_bands(self) -> None:
+        # Sorted: at random places, an insertion costs 50 us once the table outgrows its cache. The first of a band stays.
+        self.connection.executemany("INSERT OR IGNORE INTO bands VALUES (?, ?)", sorted(self.bands.items()))
+        self.bands.clear()
 
 
 def _band_keys(row: Signatures, num_bands: int) -> list[bytes]:
@@ -136,11 +154,13 @@ def _band_keys(row: Signatures, num_bands: int) -> list[bytes]:
 
 
 @contextmanager
-def open_near_seen(folder: Path, spec: NearDuplicates) -> Iterator[NearSeen]:
-    """An empty memory in ``folder``, begun anew whatever an earlier run left there."""
-    tables = (
-        "CREATE TABLE bands (band BLOB PRIMARY KEY, number INTEGER) WITHOUT ROWID",
-        "CREATE TABLE kept (number INTEGER PRIMARY KEY, signature BLOB)",
-    )
-    with open_table(folder / "near.sqlite", *tables) as connection:
-        yield NearSeen(connection, spec)
+def open_near_seen(folder: Path, spec: NearDuplicates, num_bytes: int = 0) -> Iterator[NearSeen]:
+    """A memory in ``folder``, of what the first ``num_bytes`` of its log say: they were settled by a build that goes on."""
+    table = "CREATE TABLE bands (band BLOB PRIMARY KEY, number INTEGER) WITHOUT ROWID"
+    with (
+        open_table(folder / "near.sqlite", table) as connection,
+        open_log(folder / KEPT_LOG, 4 * spec.num_permutations, num_bytes) as log,
+    ):
+        seen = NearSeen(connection, spec, log)
+        seen.remember()
+        yield seen

@@ -7,7 +7,7 @@ import pytest
 
 from tasks.corpus.documents import DocumentsSpec, build_documents
 from tasks.corpus.own_files import own_files
-from tasks.corpus.quality import CharacterRatio, find_module, digest_function, filters_of, ratio_filter, user_filter
+from tasks.corpus.quality import CharacterRatio, digest_function, filters_of, find_module, ratio_filter, user_filter
 from tasks.errors import CorpusError, RecipeError
 from tasks.machine import Machine
 from tasks.store import Artifact, ArtifactStore, digest_file
