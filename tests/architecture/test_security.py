@@ -19,6 +19,9 @@ from tasks.store import ArtifactStore
 ROOT = Path(__file__).parents[2]
 SOURCES = [*ROOT.glob("flows/**/*.py"), *ROOT.glob("tasks/**/*.py")]
 
+# What the machines of one cluster send each other, over Ray or Dask, which send pickles themselves: who reaches those runs code.
+CLUSTER = ROOT / "tasks" / "cluster" / "parcel.py"
+
 HOSTILE_NAMES = ["../outside", "/etc/outside", "a/b", "..", ".hidden", "a\\b", "a b", "a\x00b", "$(touch outside)", "~/outside"]
 
 
@@ -43,7 +46,8 @@ def imports(path: Path) -> set[str]:
 
 def test_no_code_loads_pickles_or_evaluates_text() -> None:
     for path in SOURCES:
-        assert imports(path) & {"pickle", "cloudpickle", "dill", "shelve", "marshal", "joblib"} == set(), path
+        picklers = {"pickle"} if path == CLUSTER else set()
+        assert imports(path) & {"pickle", "cloudpickle", "dill", "shelve", "marshal", "joblib"} == picklers, path
         for name, keywords in calls(path):
             assert name not in {"eval", "exec", "os.system", "yaml.unsafe_load", "yaml.full_load"}, path
             assert keywords.get("shell") != "True", path
