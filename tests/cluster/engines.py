@@ -8,13 +8,13 @@ import subprocess
 import sys
 import sysconfig
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-import psutil
+import psutil  # type: ignore[import-untyped]
 
 from tests.store.s3 import free_ports
 
@@ -65,11 +65,21 @@ class Cluster:
             command = [sys.executable, "-m", "distributed.cli.dask_worker", self.address, "--nthreads=1", "--no-dashboard",
                        f"--local-directory={scratch}", f"--name={name}", f"--host={host}", "--memory-limit=0"]  # fmt: skip
         else:
-            command = [SCRIPTS / "ray", "start", "--block", f"--address={self.address}", f"--node-ip-address={host}",
+            command = [str(SCRIPTS / "ray"), "start", "--block", f"--address={self.address}", f"--node-ip-address={host}",
                        "--num-cpus=1", "--object-store-memory=80000000", "--disable-usage-stats"]  # fmt: skip
         self._start(name, command, prefix, {CACHE_VARIABLE: str(scratch / "cache"), "SEQMILL_CACHE": str(scratch / "cache")})
         # One after the other: Ray's nodes time each other out where they start at once on two cores.
         wait_for(lambda: answers(self.folder / f"{name}.log", "Registered to" if self.kind == "dask" else "Ray runtime started"))
+
+    def begin(self, what: str, prefix: tuple[str, ...] = ()) -> "subprocess.Popen[bytes]":
+        """A run on this cluster, in a process of its own: see one_run."""
+        command = [sys.executable, "-m", "tests.cluster.one_run", self.kind, self.address, self.folder, what]
+        self._start("run", command, prefix, {CACHE_VARIABLE: str(self.folder / "here")})
+        return self.processes["run"]
+
+    def run(self, what: str, prefix: tuple[str, ...] = ()) -> None:
+        code = self.begin(what, prefix).wait(300)
+        assert code == 0, (self.folder / "run.log").read_text()[-3000:]
 
     def kill_node(self, name: str) -> None:
         """All of a node's processes, at once."""
@@ -85,7 +95,7 @@ class Cluster:
         for name in reversed(list(self.processes)):
             self.kill_node(name)
 
-    def _start(self, name: str, command: list[str | Path], prefix: tuple[str, ...], more: dict[str, str] | None = None) -> None:
+    def _start(self, name: str, command: Sequence[object], prefix: tuple[str, ...], more: dict[str, str] | None = None) -> None:
         environment = {**os.environ, "PYTHONPATH": str(ROOT), "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0", "OMP_NUM_THREADS": "1"}
         with (self.folder / f"{name}.log").open("wb") as log:
             self.processes[name] = subprocess.Popen(

@@ -81,7 +81,7 @@ def test_digests_are_those_of_one_machine_by_workers_that_share_a_bucket_alone(
 ) -> None:
     store = SharedStore((tmp_path / "bucket").as_uri(), tmp_path / "here")
     one = connected(started)
-    monkeypatch.setattr(many_readers, "RANGE_BYTES", 15_000)
+    monkeypatch.setattr(many_readers, "RANGE_BYTES", 4_000)
     built = build_all(store, Machine(cluster=one), sources)
     assert contents(built) == expected
     assert one.num_groups >= NUM_WORKERS
