@@ -1,6 +1,7 @@
 """The bytes of shards are the documents' alone: whatever the workers and batches; and a change rebuilds what it touches."""
 
 import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from random import Random
@@ -43,18 +44,30 @@ def bytes_of(store: ArtifactStore, built: dict[str, Artifact]) -> dict[str, byte
     return {str(path.relative_to(store.root)): path.read_bytes() for path in paths}
 
 
+@pytest.fixture(scope="module")
+def by_one_worker(tmp_path_factory: pytest.TempPathFactory, trained: Artifact) -> tuple[ArtifactStore, dict[str, Artifact]]:
+    """600 documents, built by one worker."""
+    folder = tmp_path_factory.mktemp("by-one-worker")
+    (folder / "corpus.jsonl").write_bytes(json_lines(corpus(600)))
+    store = ArtifactStore(folder / "store")
+    return store, build(store, folder / "corpus.jsonl", trained, Machine())
+
+
 @pytest.mark.parametrize(
     "machine",
     [Machine(num_workers=number) for number in (1, 2, 4, 7)] + [Machine(num_workers=2, pool="processes")],
     ids=["1 worker", "2 workers", "4 workers", "7 workers", "2 processes"],
 )
 def test_keys_and_bytes_are_the_same_for_any_workers_and_batches(
-    tmp_path: Path, trained: Artifact, machine: Machine, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path,
+    trained: Artifact,
+    by_one_worker: tuple[ArtifactStore, dict[str, Artifact]],
+    machine: Machine,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     path = tmp_path / "corpus.jsonl"
     path.write_bytes(json_lines(corpus(600)))
-    store, other = ArtifactStore(tmp_path / "store"), ArtifactStore(tmp_path / "other")
-    expected = build(store, path, trained, Machine())
+    other, (store, expected) = ArtifactStore(tmp_path / "other"), by_one_worker
     monkeypatch.setattr(reader, "BLOCK_BYTES", 777 * machine.num_workers)
     monkeypatch.setattr(tokens, "BATCH_DOCUMENTS", 3 * machine.num_workers)
     monkeypatch.setattr(tokens, "BATCH_CHARACTERS", 1_000)
@@ -72,6 +85,15 @@ def shard_keys(built: dict[str, Artifact]) -> dict[str, set[str]]:
 
 NUM_DOCUMENTS = 3_000
 
+
+@pytest.fixture(scope="module")
+def unchanged(tmp_path_factory: pytest.TempPathFactory, trained: Artifact) -> tuple[Path, dict[str, set[str]]]:
+    """A store of all documents, and the keys of its shards; tests work on copies."""
+    folder = tmp_path_factory.mktemp("unchanged")
+    (folder / "corpus.jsonl").write_bytes(json_lines(corpus(NUM_DOCUMENTS)))
+    return folder / "store", shard_keys(build(ArtifactStore(folder / "store"), folder / "corpus.jsonl", trained, Machine()))
+
+
 CHANGES: dict[str, tuple[Callable[[list[str]], list[str]], int, float]] = {
     # what is done, at how many places, the share of the documents that is new
     "append 1%": (lambda texts: [*texts, *(f"appended {i}" * 9 for i in range(NUM_DOCUMENTS // 100))], 1, 0.01),
@@ -83,11 +105,12 @@ CHANGES: dict[str, tuple[Callable[[list[str]], list[str]], int, float]] = {
 
 
 @pytest.mark.parametrize("name", CHANGES)
-def test_a_change_rebuilds_the_shards_that_it_touches_and_no_other(tmp_path: Path, trained: Artifact, name: str) -> None:
+def test_a_change_rebuilds_the_shards_that_it_touches_and_no_other(
+    tmp_path: Path, trained: Artifact, unchanged: tuple[Path, dict[str, set[str]]], name: str
+) -> None:
     change, num_places, share = CHANGES[name]
-    store, path = ArtifactStore(tmp_path / "store"), tmp_path / "corpus.jsonl"
-    path.write_bytes(json_lines(corpus(NUM_DOCUMENTS)))
-    before = shard_keys(build(store, path, trained, Machine()))
+    root, before = unchanged
+    store, path = ArtifactStore(shutil.copytree(root, tmp_path / "store")), tmp_path / "corpus.jsonl"
     written = {manifest: manifest.stat().st_mtime_ns for manifest in store.root.glob("*-shard/*/manifest.json")}
     path.write_bytes(json_lines(change(corpus(NUM_DOCUMENTS))))
     after = shard_keys(build(store, path, trained, Machine()))
