@@ -47,6 +47,8 @@ WORKER_ENVIRONMENT = {
     "PREFECT_FLOWS_HEARTBEAT_FREQUENCY": "30",  # seconds; the least that Prefect takes. deployments/automations.yaml waits for 3
     "PREFECT_WORKER_QUERY_SECONDS": "2",  # a run that is due starts so soon
     "PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL": "WARNING",  # to worker.log; all lines go to the server
+    # A server whose database is away for a moment answers 500, which Prefect's clients take for final. Five tries, a minute.
+    "PREFECT_CLIENT_RETRY_EXTRA_CODES": "500",
     "SEQMILL_STOP_SECONDS": f"{STOP_SECONDS:g}",
 }
 
