@@ -27,15 +27,15 @@ NOISE = 1e-5
 
 
 class Training:
-    """A training on several nodes, all of whose stores are one folder."""
+    """A training on several nodes, all of whose stores are one folder. own: what a node is told beside that, by its number."""
 
-    def __init__(self, net: Nodes, folder: Path, zero: str, **told: Any) -> None:
+    def __init__(self, net: Nodes, folder: Path, zero: str, own: dict[int, Any] | None = None, **told: Any) -> None:
         self.net, self.folder = net, folder
         folder.mkdir()
         number = len(net.names)
         settings = {"host": net.address(0), "port": 29400, "least": number, "most": number, "settle": 1, "ranks": 1, "zero": zero}
         self.told = {**settings, **told}
-        self.processes = {node: self.start(node) for node in range(number)}
+        self.processes = {node: self.start(node, **(own or {}).get(node, {})) for node in range(number)}
 
     def start(self, node: int, **told: Any) -> "subprocess.Popen[bytes]":
         """Node 0 leads, the others join it."""
@@ -189,16 +189,13 @@ def test_a_bucket_feeds_every_node_and_checkpoints_lie_in_a_folder(train: Any, u
     assert fetched == {"blocks.arrow", "manifest.json"}
 
 
-def test_a_store_mounted_elsewhere_and_one_that_is_not_the_same(train: Any, unbroken: Any, tmp_path: Path) -> None:
-    training = train(2, "zero2")
-    training.close()
-    other = tmp_path / "elsewhere"
-    other.symlink_to(training.folder / "store")
-    training.processes = {0: training.start(0), 1: training.start(1, store=str(other))}
-    assert_equal(training.end(0, 0)["losses"], unbroken)
+def test_a_store_that_a_node_mounts_elsewhere_is_the_same(train: Any, unbroken: Any, tmp_path: Path) -> None:
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.symlink_to(tmp_path / "run-0" / "store")
+    assert_equal(train(2, "zero2", own={1: {"store": str(elsewhere)}}).end(0, 0)["losses"], unbroken)
 
-    stranger = train(2, "zero2")
-    stranger.close()
-    stranger.processes = {0: stranger.start(0), 1: stranger.start(1, store=str(tmp_path / "own"))}
-    stranger.await_that(lambda: "give all nodes the same folder" in stranger.log(0), "the refusal")
-    assert stranger.processes[0].wait(PATIENCE_SECONDS) == 1
+
+def test_a_store_that_is_another_is_refused(train: Any, tmp_path: Path) -> None:
+    training = train(2, "zero2", own={1: {"store": str(tmp_path / "another")}})
+    assert training.processes[0].wait(PATIENCE_SECONDS) == 1
+    assert "give all nodes the same folder, as the store or as SEQMILL_CHECKPOINTS" in training.log(0)
