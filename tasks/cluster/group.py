@@ -8,6 +8,7 @@ from typing import Any
 
 from tasks.cluster.parcel import CacheHere, check_versions, pack, unpack
 from tasks.errors import StoreError
+from tasks.store.lease import no_longer
 
 
 @dataclass(frozen=True)
@@ -34,8 +35,9 @@ def run_group(order: Order) -> Outcome:
     begun = time.perf_counter()
     try:
         check_versions(order.versions)
-        function, items = unpack(order.packed)
-        packed, error = pack(_applied(function, items), order.cache, is_result=True), None
+        with no_longer():  # a worker that waits for work keeps no collector off
+            function, items = unpack(order.packed)
+            packed, error = pack(_applied(function, items), order.cache, is_result=True), None
     except Exception as raised:
         packed, error = None, _plain(raised)
     return Outcome(platform.node(), time.perf_counter() - begun, packed, error)

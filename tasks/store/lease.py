@@ -106,6 +106,18 @@ def end_lease(root: Path) -> None:
             os.close(handle)
 
 
+@contextmanager
+def no_longer() -> Iterator[None]:
+    """Leases that are taken within are given up at the end: who gave this process the work holds one as long as it runs."""
+    before = set(_held)
+    try:
+        yield
+    finally:
+        for root, process in set(_held) - before:
+            if process == os.getpid():
+                end_lease(Path(root))
+
+
 def _lock_gate(root: Path, handle: int, mode: int) -> None:
     try:
         fcntl.flock(handle, mode)

@@ -16,6 +16,7 @@ from tasks.cluster.sizes import MOST_SHARE, Sizes
 from tasks.errors import CorpusError, SettingsError, StoreError, WorkerError
 from tasks.machine import Machine
 from tasks.store import ArtifactStore
+from tasks.store.lease import collecting, end_lease, oldest_lease
 
 from . import work
 
@@ -185,6 +186,14 @@ def test_an_artifact_travels_as_a_reference_and_comes_back_as_one(tmp_path: Path
     (second,) = cluster_of(Threads(1)).run(work.next_number, [first], "numbers", lambda amount: None)
     assert second.file("number").read_text() == "2"
     assert second.root == tmp_path
+
+
+def test_a_worker_that_waits_for_work_holds_no_lease(tmp_path: Path) -> None:
+    first = work.build_number(ArtifactStore(tmp_path), Machine(), work.NumberSpec(number=1))
+    end_lease(tmp_path)
+    run_group(Order(parcel.versions(), here, parcel.pack((work.next_number, [(0, first)]), here)))
+    with collecting(tmp_path):
+        assert oldest_lease(tmp_path) is None
 
 
 def test_a_worker_without_the_store_says_so(tmp_path: Path) -> None:

@@ -84,3 +84,12 @@ def test_a_page_of_another_origin_may_not_speak_to_the_server(tmp_path: Path) ->
         "PREFECT_SERVER_CORS_ALLOWED_ORIGINS"
     ]
     assert origins == "http://127.0.0.1:42,http://localhost:42"
+
+
+def test_a_cluster_is_named_and_not_called_before_it_is_used() -> None:
+    assert Settings().machine().cluster is None
+    machine = Settings(runner="dask", runner_address="tcp://nowhere:1").machine()
+    assert machine.cluster is not None
+    assert machine.cluster is Settings(runner="dask", runner_address="tcp://nowhere:1").machine().cluster
+    with pytest.raises(SettingsError, match=r"runner.*'spark'"):
+        load_settings(runner="spark")
