@@ -54,6 +54,32 @@ def test_every_model_answers_side_by_side_and_remembers_until_it_is_reset(url: s
         assert page.value("document.querySelectorAll('p').length") == 0
 
 
+def test_an_answer_that_reset_broke_off_is_no_part_of_the_next_conversation(url: str) -> None:
+    with browser.browser() as page:
+        page.open(url)
+        # Held back until Reset has been pressed, as a slow model would be; what is asked afterwards is kept.
+        page.value(
+            """const real = fetch; window.asked = [];
+            window.fetch = async (path, options) => {
+              asked.push(JSON.parse(options.body).turns.map((turn) => turn.role));
+              if (asked.length > 3) return real(path, options);
+              let first = true;
+              return { ok: true, headers: new Headers(), body: { pipeThrough: () => ({ getReader: () => ({ read: () => {
+                if (first) { first = false; return Promise.resolve({ done: false, value: "half" }); }
+                return new Promise((_, fail) => options.signal.addEventListener("abort", () => fail(options.signal.reason)));
+              } }) }) } };
+            }; 1"""
+        )
+        page.value("document.querySelector('textarea').focus()")
+        page.type("hi")
+        page.until("[...document.querySelectorAll('.assistant')].filter((p) => p.textContent === 'half').length === 3")
+        page.value("document.getElementById('reset').click()")
+        page.until("document.body.dataset.answered === '1'")
+        page.type("ho")
+        page.until("document.body.dataset.answered === '2'")
+        assert page.value("asked.slice(3)") == [["user"]] * 3
+
+
 def test_what_a_model_cannot_be_asked_is_said_in_its_column(url: str) -> None:
     with browser.browser() as page:
         page.open(url)

@@ -108,13 +108,13 @@ def test_top_p_never_draws_outside_the_likeliest_mass() -> None:
 
 def test_batched_answers_equal_answers_one_by_one(loaded: LanguageModel) -> None:
     dice = torch.Generator().manual_seed(1)
-    prompts = [torch.randint(1, 256, (length,), generator=dice).tolist() for length in (1, 17, 5, 17, 40, 2, 9)]
-    alone = [greedy_answers(loaded, [prompt], 12, batch_size=1)[0] for prompt in prompts]
-    assert greedy_answers(loaded, prompts, 12, batch_size=3) == alone
-    assert greedy_answers(loaded, prompts, 12, batch_size=64) == alone
-    streamed = [list(sample_ids(loaded, prompt, 12, lambda logits: int(logits.argmax()))) for prompt in prompts]
+    prompts = [torch.randint(1, 256, (length,), generator=dice).tolist() for length in (1, 17, 5, 17, 40)]
+    alone = [greedy_answers(loaded, [prompt], 6, batch_size=1)[0] for prompt in prompts]
+    assert greedy_answers(loaded, prompts, 6, batch_size=3) == alone
+    assert greedy_answers(loaded, prompts, 6, batch_size=64) == alone
+    streamed = [list(sample_ids(loaded, prompt, 6, lambda logits: int(logits.argmax()))) for prompt in prompts]
     assert streamed == alone
-    assert any(len(answer) == 12 for answer in alone)
+    assert any(len(answer) == 6 for answer in alone)
 
 
 def test_answers_equal_those_of_transformers_generate(loaded: LanguageModel) -> None:
