@@ -39,8 +39,11 @@ class Cache:
                 path.parent.mkdir(parents=True, exist_ok=True)
                 # Not waited for until it is on disk: one that a power cut takes is asked for again, and there may be 100,000.
                 partial = path.with_name(f".{path.name}.{secrets.token_hex(4)}.partial")
-                partial.write_bytes(data)
-                partial.rename(path)
+                try:
+                    partial.write_bytes(data)
+                    partial.rename(path)
+                finally:
+                    partial.unlink(missing_ok=True)
                 _date(path.parent, manifest)
 
     def holder(self) -> str:

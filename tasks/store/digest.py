@@ -102,11 +102,15 @@ def write_atomically(path: Path, data: bytes) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     # By chance, not by the process's number: two threads, or two containers on one folder, may have the same.
     partial = path.with_name(f".{path.name}.{secrets.token_hex(4)}.partial")
-    with partial.open("wb") as target:
-        target.write(data)
-        target.flush()
-        os.fsync(target.fileno())
-    partial.rename(path)
+    try:
+        with partial.open("wb") as target:
+            target.write(data)
+            target.flush()
+            os.fsync(target.fileno())
+        partial.rename(path)
+    except BaseException:  # a full disk: nobody writes under this name again
+        partial.unlink(missing_ok=True)
+        raise
 
 
 def write_all(target: RawIOBase, data: bytes | memoryview) -> None:

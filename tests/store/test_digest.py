@@ -50,3 +50,10 @@ def test_a_note_cut_short_is_read_again(tmp_path: Path) -> None:
 def test_write_atomically_leaves_no_partial_file(tmp_path: Path) -> None:
     write_atomically(tmp_path / "deep" / "file", b"x")
     assert [path.name for path in (tmp_path / "deep").iterdir()] == ["file"]
+
+
+def test_a_write_that_fails_leaves_nothing(tmp_path: Path) -> None:
+    (tmp_path / "note").mkdir()
+    with pytest.raises(OSError, match="note"):
+        write_atomically(tmp_path / "note", b"data")
+    assert [path.name for path in tmp_path.iterdir()] == ["note"]
