@@ -40,6 +40,8 @@ class Plan:
 def plan_ranges(archive: Artifact, scratch: Path, template: RangeSpec) -> Plan | None:
     """The ranges to read; None where one reader is to read the archive. ``template`` says how lines are judged."""
     num_bytes = archive.entry("archive").num_bytes
+    if num_bytes < 2 * min(RANGE_BYTES, PLAIN_RANGE_BYTES):
+        return None
     head, start = archive.read("archive", 0, HEAD_BYTES + MOST_BLOCK_BYTES), scratch / "head"
     try:
         start.write_bytes(head)

@@ -30,6 +30,11 @@ from tasks.store import Artifact, ArtifactStore, Digest
 STITCHED = -1  # in the place of a range: a document of a line that two ranges share
 
 
+# A range by its number, or STITCHED, and runs of rows in it: the first, and the one behind the last. Of a whole archive's
+# documents only these are held.
+Place = tuple[int, tuple[tuple[int, int], ...]]
+
+
 @dataclass(frozen=True)
 class Origin:
     """Where a shard's documents lie: rows of a split's file of one range, or one stitched document."""
@@ -103,7 +108,7 @@ class Cutter:
         self.split, self.sharder = split, Sharder(greatest_bytes)
         self.outline = self.sharder.pending = _Outline()
         self.places: list[tuple[int, int]] = []  # of the documents that wait: the range, and the row of the split's file in it
-        self.cut: list[tuple[Digest, list[tuple[int, int]]]] = []
+        self.cut: list[tuple[Digest, list[Place]]] = []
 
     def add(self, digest: bytes, num_bytes: int, num_characters: int, place: tuple[int, int]) -> None:
         self.outline.add(digest, num_bytes, num_characters)
@@ -116,7 +121,8 @@ class Cutter:
             self._keep(shard)
 
     def _keep(self, shard: Shard) -> None:
-        self.cut.append((shard.identity, self.places[: len(shard)]))
+        grouped = groupby(self.places[: len(shard)], lambda place: place[0])
+        self.cut.append((shard.identity, [(number, tuple(runs_of([row for _, row in some]))) for number, some in grouped]))
         self.places = self.places[len(shard) :]
 
 
@@ -177,13 +183,12 @@ class Stitcher:
             for number, (identity, places) in enumerate(cutter.cut)
         ]
 
-    def _origins(self, split: str, places: list[tuple[int, int]]) -> Iterator[Origin]:
-        for number, some in groupby(places, lambda place: place[0]):
-            rows = [row for _, row in some]
+    def _origins(self, split: str, places: list[Place]) -> Iterator[Origin]:
+        for number, runs in places:
             if number == STITCHED:
-                yield from (Origin(self.stitched[row], split) for row in rows)
+                yield from (Origin(self.stitched[row], split) for first, last in runs for row in range(first, last))
             else:
-                yield Origin(self.ranges[number], split, tuple(runs_of(rows)))
+                yield Origin(self.ranges[number], split, runs)
 
     def _stitch(self, line: bytes) -> None:
         if self.line == 0:
