@@ -4,6 +4,7 @@ Each worker has a scratch folder of its own, which another cannot know of. All e
 """
 
 import os
+import shutil
 import subprocess
 import sys
 import sysconfig
@@ -23,6 +24,7 @@ from .work import CACHE_VARIABLE
 ROOT = Path(__file__).parents[2]
 SCRIPTS = Path(sysconfig.get_path("scripts"))
 START_SECONDS = 90
+RAY_FOLDER = Path(f"/tmp/ray-{os.getpid()}")  # short: a socket's path has 107 characters at most
 
 _WITH_TESTS = """
 import os, sys
@@ -53,7 +55,7 @@ class Cluster:
         else:
             self.address = f"{host}:{port}"
             self._start("head", [SCRIPTS / "ray", "start", "--head", "--block", f"--node-ip-address={host}", f"--port={port}",
-                                 f"--temp-dir=/tmp/ray-{os.getpid()}", "--num-cpus=0", "--include-dashboard=false",
+                                 f"--temp-dir={RAY_FOLDER}", "--num-cpus=0", "--include-dashboard=false",
                                  "--object-store-memory=80000000", "--disable-usage-stats"], prefix)  # fmt: skip
         wait_for(lambda: answers(self.folder / "head.log", "Scheduler at" if self.kind == "dask" else "Ray runtime started"))
 
@@ -94,6 +96,7 @@ class Cluster:
     def end(self) -> None:
         for name in reversed(list(self.processes)):
             self.kill_node(name)
+        shutil.rmtree(RAY_FOLDER, ignore_errors=True)
 
     def _start(self, name: str, command: Sequence[object], prefix: tuple[str, ...], more: dict[str, str] | None = None) -> None:
         environment = {**os.environ, "PYTHONPATH": str(ROOT), "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0", "OMP_NUM_THREADS": "1"}
