@@ -20,7 +20,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from tasks.errors import StoreError
+from tasks.errors import StoreError, WorkerError
 from tasks.store.digest import write_all
 from tasks.training.checkpoints import listed_files
 
@@ -109,6 +109,7 @@ def snapshot(engine: Any, share: int, num_shares: int) -> tuple[Snapshot, float]
     """
     state = base_optimizer(engine.optimizer).state
     held = list(pieces(engine))
+    num_steps = _num_steps({piece.name: float(state[piece.held].get("step", 0)) for piece in held})
     if engine.zero_optimization_stage() == 0:
         held = held[share::num_shares]
     tensors = {}
@@ -116,7 +117,18 @@ def snapshot(engine: Any, share: int, num_shares: int) -> tuple[Snapshot, float]
         parts = {WEIGHT: piece.held, **{name: state[piece.held][name] for name in MOMENTS}}
         for part, tensor in parts.items():
             tensors[f"{part}:{piece.start}:{piece.name}"] = piece.of(tensor).to("cpu", copy=True)
-    return tensors, max((float(state[piece.held]["step"]) for piece in held), default=0.0)
+    return tensors, num_steps
+
+
+def _num_steps(counts: dict[str, float]) -> float:
+    """How many steps AdamW has made, which a checkpoint tells once for all weights."""
+    num_steps = max(counts.values(), default=0.0)
+    if idle := next((name for name, count in counts.items() if count < num_steps), None):
+        raise WorkerError(
+            f"checkpoint: {idle} had a gradient in {counts[idle]:g} of {num_steps:g} steps, and ZeRO-0 leaves such a weight out "
+            "of a step; give --deepspeed zero1, which leaves none out"
+        )
+    return num_steps
 
 
 def write_snapshot(path: Path, tensors: Snapshot) -> dict[str, Any]:

@@ -5,7 +5,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from tasks.training.state import pieces
+from tasks.errors import WorkerError
+from tasks.training.state import pieces, snapshot
 
 SIZES = {"a": 5, "b": 3, "c": 4}
 
@@ -35,3 +36,29 @@ def test_the_pieces_of_all_ranks_hold_every_number_in_whatever_order_the_weights
     assert {name: numbers.tolist() for name, numbers in read.items()} == {
         name: weight.tolist() for name, weight in weights.items()
     }
+
+
+def test_a_weight_that_missed_a_step_is_named_since_a_checkpoint_tells_one_count_for_all() -> None:
+    used, unused = (torch.nn.Parameter(torch.ones(2)) for _ in range(2))
+    optimizer = torch.optim.AdamW([used, unused])
+    names = {used: "router", unused: "experts.7"}
+    engine = SimpleNamespace(optimizer=optimizer, param_names=names, zero_optimization_stage=lambda: 0)
+    used.sum().backward()
+    optimizer.step()
+    for times in ("0 of 1", "1 of 2"):
+        with pytest.raises(WorkerError, match=rf"^checkpoint: experts\.7 had a gradient in {times} steps, and ZeRO-0 leaves"):
+            snapshot(engine, 0, 2)
+        unused.sum().backward()
+        optimizer.step()
+
+
+def test_where_every_rank_holds_all_each_writes_its_share() -> None:
+    weights = {name: torch.nn.Parameter(torch.ones(2)) for name in "abc"}
+    optimizer = torch.optim.AdamW(weights.values())
+    sum(weight.sum() for weight in weights.values()).backward()
+    optimizer.step()
+    names = {weight: name for name, weight in weights.items()}
+    engine = SimpleNamespace(optimizer=optimizer, param_names=names, zero_optimization_stage=lambda: 0)
+    written = [{key.split(":")[2] for key in snapshot(engine, rank, 2)[0]} for rank in range(2)]
+    assert written == [{"a", "c"}, {"b"}]
+    assert snapshot(engine, 1, 2)[1] == 1
