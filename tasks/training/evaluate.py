@@ -82,7 +82,7 @@ def _positions(ids_BT: np.ndarray, boundary_id: int | None) -> dict[str, torch.T
     """What keeps a block's documents apart; nothing where they are not."""
     if boundary_id is None:
         return {}
-    from tasks.training.datasets import restarting_positions  # here, since it imports datasets: a second
+    from tasks.training.datasets import restarting_positions
 
     return {"position_ids": torch.from_numpy(restarting_positions(ids_BT, boundary_id))}
 
