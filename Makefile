@@ -9,6 +9,8 @@ BIN := .venv/bin
 SEQMILL := $(BIN)/seqmill
 INSTALL := $(BIN)/pip install --quiet --disable-pip-version-check --constraint requirements.lock --editable
 
+# Processes that run tests, a file of them at a time.
+JOBS ?= 2
 KILLS ?= 300
 SEED ?= 7
 
@@ -40,7 +42,7 @@ contracts: .venv/.dev
 	$(BIN)/lint-imports
 
 suite: .venv/.dev
-	$(BIN)/pytest -m "not slow"
+	$(BIN)/pytest -m "not slow" -n $(JOBS) --dist loadfile
 
 slow: .venv/.dev
 	$(BIN)/pytest -m slow
