@@ -229,7 +229,10 @@ _Loader.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(_FLOAT), lis
 def _set(value: dict[str, Any], field: str, override: Any) -> None:
     first, every, rest = field.partition(".*.")
     if every:  # adapters.*.num_steps: of all that the section has
-        for name in list(value.get(first) or {}):
+        names = list(value.get(first) or {})
+        if not names:
+            raise RecipeError(f"--set {field}: the recipe has no {first}; name a section that it has")
+        for name in names:
             _set(value, f"{first}.{name}.{rest}", override)
         return
     *parents, last = field.split(".")

@@ -113,9 +113,9 @@ def check(index: Index, advance: Advance, path: Path) -> Problem | None:
     """What is wrong with the artifact in a folder; None where all is well."""
     artifact = index.artifacts[path]
     if artifact is None:
-        problems = [f"{MANIFEST_NAME} is missing or cannot be read"]
+        problems = [f"{MANIFEST_NAME} is missing, cannot be read, or is that of another artifact"]
     else:
-        problems = list(wrong_manifest(artifact, path)) or [
+        problems = list(wrong_manifest(artifact)) or [
             *wrong_files(index.store, artifact, advance),
             *wrong_shards(artifact, index),
         ]
@@ -130,11 +130,9 @@ def check(index: Index, advance: Advance, path: Path) -> Problem | None:
     return Problem(ref, path, f"{_told(strays)} not in its manifest", "delete what is not") if strays else None
 
 
-def wrong_manifest(artifact: Artifact, path: Path) -> Iterator[str]:
-    """Where a manifest contradicts itself, or the folder it lies in."""
+def wrong_manifest(artifact: Artifact) -> Iterator[str]:
+    """Where a manifest contradicts itself."""
     manifest = artifact.manifest
-    if artifact.folder != path:
-        yield f"its manifest is that of {artifact.ref}"
     if manifest.key != digest_json(manifest.identity):
         yield "its manifest's key is not the digest of its identity"
     if manifest.content != content_of(manifest.files, manifest.shards):

@@ -59,18 +59,31 @@ def _hexadecimal(value: str | None, length: int) -> str | None:
 def identify_archive(spec: ArchiveSpec, store: ArtifactStore, machine: Machine) -> str:
     """What the bytes are: the digest that the recipe states, else a local file's own, else what the server calls them.
 
-    Raises SourceError where the file is not there, or where the server gives neither ETag nor date.
+    Raises SourceError where the file is not there or has another digest than the recipe states, or where the server gives
+    neither ETag nor date. With a stated digest a file that is gone does no harm: the store may have its bytes.
     """
+    where = resolve(spec.url, machine.endpoints)
+    if isinstance(where, Path) and where.is_file() and not spec.md5:
+        found = _digest_local(where, store, machine)
+        if spec.sha256 not in (None, found):
+            raise SourceError(
+                f"{where}: sha256 {found[:12]} differs from the {spec.sha256[:12]} that the recipe states; leave sha256 out of "
+                "the recipe, or give it the file that it was written for"
+            )
+        return f"sha256:{found}"
     if spec.sha256:
         return f"sha256:{spec.sha256}"
     if spec.md5:
         return f"md5:{spec.md5}"
-    where = resolve(spec.url, machine.endpoints)
     if isinstance(where, Path):
         _check_local(where)
-        with machine.progress("digest", where.stat().st_size, "B") as advance:
-            return f"sha256:{store.digests.digest(where, advance)}"
+        return f"sha256:{_digest_local(where, store, machine)}"
     return _identify_remote(spec.url, where, ask(where, machine.tokens))
+
+
+def _digest_local(path: Path, store: ArtifactStore, machine: Machine) -> Digest:
+    with machine.progress("digest", path.stat().st_size, "B") as advance:
+        return store.digests.digest(path, advance)
 
 
 def _identify_remote(name: str, url: str, remote: Remote) -> str:

@@ -172,6 +172,8 @@ def read_blocks(files: Sequence[str], num_blocks: int) -> Iterator[np.ndarray]:
         with pa.memory_map(file) as source, pa.ipc.open_stream(source) as batches:
             for batch in batches:
                 column = batch.column("input_ids")
+                if not len(column):  # of a split too short for one block
+                    continue
                 for block in as_ids(column.flatten()).reshape(len(column), -1):
                     if num_blocks == 0:
                         return

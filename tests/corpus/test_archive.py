@@ -78,13 +78,26 @@ def test_a_local_file_that_is_not_there_is_said(store: ArtifactStore, tmp_path: 
         get(store, tmp_path, sha256=SHA256)
 
 
-@pytest.mark.parametrize(("name", "stated"), [("sha256", "0" * 64), ("md5", "0" * 32)])
-def test_a_local_file_of_another_digest_is_refused_with_both(store: ArtifactStore, local: Path, name: str, stated: str) -> None:
-    found = {"sha256": SHA256, "md5": MD5}[name][:12]
-    with pytest.raises(SourceError, match=rf"{name} {found} .* differs from the expected 000000000000; .* deleted"):
-        get(store, local, **{name: stated})
+def test_a_local_file_of_another_digest_is_refused_with_both(store: ArtifactStore, local: Path) -> None:
+    with pytest.raises(SourceError, match=f"sha256 {SHA256[:12]} differs from the 000000000000 that the recipe states"):
+        get(store, local, sha256="0" * 64)
+    with pytest.raises(SourceError, match=f"md5 {MD5[:12]} .* differs from the expected 000000000000; .* deleted"):
+        get(store, local, md5="0" * 32)
     assert local.read_bytes() == DATA
     assert list(store.artifacts()) == []
+
+
+def test_the_digest_of_another_corpus_does_not_find_that_corpus(store: ArtifactStore, local: Path, tmp_path: Path) -> None:
+    get(store, local, sha256=SHA256)
+    (tmp_path / "mine").write_bytes(OTHER)
+    with pytest.raises(SourceError, match="leave sha256 out of the recipe"):
+        get(store, tmp_path / "mine", sha256=SHA256)
+
+
+def test_a_file_that_is_gone_is_found_by_its_digest(store: ArtifactStore, local: Path) -> None:
+    first = get(store, local, sha256=SHA256)
+    local.unlink()
+    assert get(store, local, sha256=SHA256).key == first.key
 
 
 def test_both_stated_digests_must_hold(store: ArtifactStore, local: Path) -> None:
@@ -101,7 +114,7 @@ def test_a_file_larger_than_the_free_room_is_refused_before_its_first_byte(store
     except OSError:
         pytest.skip("this file system holds no sparse file of that size")
     with pytest.raises(DiskSpaceError, match=rf"bytes free, {size:,} still to come"):
-        get(store, sparse, sha256=SHA256)
+        get(store, sparse, md5=MD5)
 
 
 @pytest.mark.parametrize("fields", [{"sha256": "abc"}, {"sha256": "g" * 64}, {"md5": SHA256}, {"url": "ftp://host/a"}])

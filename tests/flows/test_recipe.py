@@ -138,6 +138,11 @@ def test_what_sections_share_is_written_once_and_overridden_at_once(minimal: Pat
     }
 
 
+def test_an_override_of_all_that_a_section_has_wants_the_section(minimal: Path) -> None:
+    with pytest.raises(RecipeError, match="the recipe has no adapters"):
+        load_recipe(str(minimal), {"adapters.*.num_steps": 7})
+
+
 def test_an_override_makes_the_section_that_it_names(minimal: Path) -> None:
     assert load_recipe(str(minimal), {"documents.max_documents": 5}).documents.max_documents == 5
     with pytest.raises(RecipeError, match="name is 'minimal', which has no fields"):

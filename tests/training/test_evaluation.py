@@ -134,6 +134,11 @@ def test_blocks_are_read_across_files_and_batches_up_to_a_number(tmp_path: Path)
     assert len(list(read_blocks([str(first), str(second)], 9))) == 5
 
 
+def test_a_split_shorter_than_one_block_has_none(tmp_path: Path) -> None:
+    empty = write_stream(tmp_path / "a.arrow", blocks_schema(2), [[]])
+    assert list(read_blocks([str(empty)], 0)) == []
+
+
 def test_held_out_rows_are_the_first_ones(tmp_path: Path) -> None:
     rows = [{"prompt_ids": [number], "response": str(number)} for number in range(5)]
     path = write_stream(tmp_path / "held-out.arrow", HELD_OUT, [rows[:2], rows[2:]])

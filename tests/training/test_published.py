@@ -96,6 +96,9 @@ def test_a_package_is_named_by_its_distribution(tmp_path: Path, monkeypatch: pyt
     info.mkdir()
     (info / "METADATA").write_text("Metadata-Version: 2.1\nName: some-model\nVersion: 1.0\n")
     (info / "RECORD").write_text("some_model/a.gguf,,\nsome_model/__init__.py,,\n")
+    for name in ("__init__.py", "a.gguf", "b.gguf"):  # importlib_metadata, where a package brings it, lists what is there
+        (tmp_path / "some_model" / name).parent.mkdir(exist_ok=True)
+        (tmp_path / "some_model" / name).touch()
     monkeypatch.setattr(sys, "path", [str(tmp_path), *sys.path])
     importlib.invalidate_caches()
     assert gguf_file("package:some-model") == tmp_path / "some_model" / "a.gguf"
