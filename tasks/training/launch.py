@@ -70,10 +70,7 @@ def run_worker(
     try:
         with stop_on_sigterm(stop_path) as asked:
             is_overdue = partial(_is_overdue, asked, settings.stop_seconds)
-            local = partial(ranks_lines, process, is_overdue)
-            assert stop_path or not party
-            for line in party.lines(process, local, stop_path) if party and stop_path else local():
-                listener.hear(line)
+            _hear_out(process, listener, is_overdue, stop_path, party)
             if is_overdue() and process.poll() is None:
                 process.kill()  # it was asked; the ranks die with it: see tasks.machine.die_with_parent
                 raise WorkerError(
@@ -92,6 +89,20 @@ def run_worker(
         raise StoppedError(f"{label}: stopped after step {listener.stopped_step}, whose checkpoint is kept; run again to go on")
     if code != 0:
         raise listener.error(code)
+
+
+def _hear_out(
+    process: "subprocess.Popen[bytes]",
+    listener: "_Listener",
+    is_overdue: Callable[[], bool],
+    stop_path: Path | None,
+    party: Party | None,
+) -> None:
+    """Give every line of the ranks, here and on other nodes, to ``listener``."""
+    local = partial(ranks_lines, process, is_overdue)
+    assert stop_path or not party
+    for line in party.lines(process, local, stop_path) if party and stop_path else local():
+        listener.hear(line)
 
 
 # What asks the runs that other threads than the main one care for.
