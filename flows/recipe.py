@@ -179,7 +179,7 @@ def load_recipe(name_or_path: str, overrides: Mapping[str, Any] | None = None) -
     except (OSError, UnicodeDecodeError) as error:
         raise RecipeError(f"{path}: cannot be read as UTF-8 text ({error}); mend the file") from error
     except yaml.YAMLError as error:
-        raise RecipeError(f"{path}: not valid YAML: {' '.join(str(error).split())}; mend the line") from error
+        raise RecipeError(f"{path}: not valid YAML: {_yaml_problem(error)}; mend the line") from error
     if not isinstance(value, dict):
         raise RecipeError(f"{path}: {type(value).__name__} found; a recipe is a mapping of sections")
     # A section x-... is for anchors: what several sections share is written once.
@@ -244,6 +244,13 @@ def _set(value: dict[str, Any], field: str, override: Any) -> None:
             raise RecipeError(f"--set {field}: {'.'.join(parents[: depth + 1])} is {below!r}, which has no fields; name a field")
         value = below
     value[last] = override
+
+
+def _yaml_problem(error: yaml.YAMLError) -> str:
+    """What is wrong, and in which line and column."""
+    mark = getattr(error, "problem_mark", None)
+    what = " ".join(str(getattr(error, "problem", None) or error).split())
+    return f"{what} in line {mark.line + 1}, column {mark.column + 1}" if mark else what
 
 
 def _one_line(error: ValidationError) -> str:

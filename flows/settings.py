@@ -18,6 +18,7 @@ from pydantic_settings import BaseSettings, SettingsConfigDict
 
 import deepspeed_configs
 from tasks.cluster.cluster import Cluster
+from tasks.cluster.parcel import Cache
 from tasks.corpus.sources import ENDPOINTS
 from tasks.errors import SettingsError
 from tasks.machine import Machine, Nodes, Progress, TrainingSettings, quiet
@@ -105,11 +106,17 @@ class Settings(BaseSettings):
             return cache_folder(self.store, self.cache, self.store_endpoint)
         return self.store.expanduser().absolute()
 
+    @property
+    def cache_bytes(self) -> int | None:
+        """What the cache of shared stores may take."""
+        return None if self.cache_gigabytes is None else int(self.cache_gigabytes * 1e9)
+
     def open_store(self, progress: Progress = quiet) -> ArtifactStore:
         """The store; ``progress`` shows what a shared one transfers."""
         if isinstance(self.store, str):
-            bound = None if self.cache_gigabytes is None else int(self.cache_gigabytes * 1e9)
-            return SharedStore(self.store, self.cache, endpoint=self.store_endpoint, progress=progress, cache_bytes=bound)
+            return SharedStore(
+                self.store, self.cache, endpoint=self.store_endpoint, progress=progress, cache_bytes=self.cache_bytes
+            )
         return ArtifactStore(self.store_root)
 
     def open_local_store(self, command: str) -> ArtifactStore:
@@ -199,9 +206,10 @@ def load_settings(**given: Any) -> Settings:
     return settings
 
 
-def cache_here() -> Path:
-    """Where this machine, which may be a cluster's worker, keeps what it reads of shared stores."""
-    return load_settings().cache
+def cache_here() -> Cache:
+    """Where this machine, which may be a cluster's worker, keeps what it reads of shared stores, and how much of it."""
+    settings = load_settings()
+    return Cache(settings.cache, settings.cache_bytes)
 
 
 @lru_cache(maxsize=1)

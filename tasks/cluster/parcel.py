@@ -10,7 +10,7 @@ import platform
 from collections.abc import Callable
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from tasks.errors import SettingsError, StoreError
 from tasks.store import Artifact, Manifest, SharedStore
@@ -19,8 +19,16 @@ from tasks.store.bucket import Patience
 from tasks.store.origin import environment
 from tasks.store.shared import SharedArtifact
 
-# Says where this machine keeps what it reads of shared stores. Travels by its name, and is asked on the machine that arrives.
-CacheHere = Callable[[], Path]
+
+class Cache(NamedTuple):
+    """Where a machine keeps what it reads of shared stores, and how much; None: any number of bytes."""
+
+    folder: Path
+    most_bytes: int | None = None
+
+
+# Travels by its name, and is asked on the machine that arrives.
+CacheHere = Callable[[], Cache]
 
 # What decides the bytes of shards, besides the spec: another release may compress or encode otherwise.
 SAME_PACKAGES = ("seqmill", "pyarrow", "tokenizers", "fastokens", "orjson", "rensa")
@@ -76,8 +84,10 @@ class _Unpacker(pickle.Unpickler):
 
 
 @lru_cache(maxsize=8)
-def _store_over(url: str, endpoint: str | None, claim_seconds: float, patience: Patience, cache: Path) -> SharedStore:
-    return SharedStore(url, cache, endpoint=endpoint, claim_seconds=claim_seconds, patience=patience)
+def _store_over(url: str, endpoint: str | None, claim_seconds: float, patience: Patience, cache: Cache) -> SharedStore:
+    return SharedStore(
+        url, cache.folder, endpoint=endpoint, claim_seconds=claim_seconds, patience=patience, cache_bytes=cache.most_bytes
+    )
 
 
 def _shared_artifact(store: SharedStore, manifest: Manifest, found: bool) -> SharedArtifact:

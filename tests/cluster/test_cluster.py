@@ -211,11 +211,12 @@ def test_a_shared_store_is_opened_over_the_cache_of_the_machine_that_arrives(tmp
     first = work.build_number(store, Machine(), work.NumberSpec(number=1))
     arrived = parcel.unpack(parcel.pack(first, there))
     assert arrived.file("number").read_text() == "1"
-    assert there() in arrived.root.parents
+    assert work.cache().folder in arrived.root.parents
+    assert arrived.store.room.most_bytes == 1_000
 
 
-def there() -> Path:
-    return work.cache()
+def there() -> parcel.Cache:
+    return work.cache()._replace(most_bytes=1_000)
 
 
 @pytest.fixture(autouse=True)

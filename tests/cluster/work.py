@@ -6,6 +6,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+from tasks.cluster.parcel import Cache
 from tasks.errors import CorpusError, StoreError
 from tasks.machine import Machine
 from tasks.store import Artifact, Built, Spec, Work, stage, store_of
@@ -13,9 +14,9 @@ from tasks.store import Artifact, Built, Spec, Work, stage, store_of
 CACHE_VARIABLE = "SEQMILL_TEST_CACHE"
 
 
-def cache() -> Path:
+def cache() -> Cache:
     """This worker's own scratch folder."""
-    return Path(os.environ[CACHE_VARIABLE])
+    return Cache(Path(os.environ[CACHE_VARIABLE]))
 
 
 def double(number: int) -> int:

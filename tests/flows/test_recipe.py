@@ -98,7 +98,7 @@ def test_a_recipe_that_is_not_there_or_not_yaml_is_refused(tmp_path: Path) -> No
     with pytest.raises(RecipeError, match=r"no such recipe or .yaml file; recipes are .*demo, "):
         load_recipe("nothing")
     (tmp_path / "bad.yaml").write_text("name: [")
-    with pytest.raises(RecipeError, match="not valid YAML"):
+    with pytest.raises(RecipeError, match=r"bad.yaml: not valid YAML: .* in line 1, column 8; mend the line"):
         load_recipe(str(tmp_path / "bad.yaml"))
     (tmp_path / "twice.yaml").write_text("blocks:\n  block_size: 1\n  block_size: 2\n")
     with pytest.raises(RecipeError, match=r"not valid YAML: block_size is given twice in .*line 3"):
