@@ -150,19 +150,8 @@ def _start_worker(folder: Path, url: str, root: Path) -> None:
     from flows import registration
 
     name = f"{worker_prefix(folder)}-{secrets.token_hex(4)}"
-    command = [
-        sys.executable,
-        "-m",
-        "prefect",
-        "worker",
-        "start",
-        "--pool",
-        registration.POOL,
-        "--type",
-        "process",
-        "--name",
-        name,
-    ]
+    pool = ["--pool", registration.POOL, "--type", "process"]
+    command = [sys.executable, "-m", "prefect", "worker", "start", *pool, "--name", name]
     worker = services.start(folder, "worker", command, worker_environment(root), url)
     deadline = time.monotonic() + WORKER_SECONDS
     while name not in registration.workers_online():

@@ -63,8 +63,10 @@ def identify_archive(spec: ArchiveSpec, store: ArtifactStore, machine: Machine) 
     neither ETag nor date. With a stated digest a file that is gone does no harm: the store may have its bytes.
     """
     where = resolve(spec.url, machine.endpoints)
-    if isinstance(where, Path) and where.is_file() and not spec.md5:
-        found = _digest_local(where, store, machine)
+    if isinstance(where, Path) and not spec.md5 and (where.is_file() or not spec.sha256):
+        _check_local(where)
+        with machine.progress("digest", where.stat().st_size, "B") as advance:
+            found = store.digests.digest(where, advance)
         if spec.sha256 not in (None, found):
             raise SourceError(
                 f"{where}: sha256 {found[:12]} differs from the {spec.sha256[:12]} that the recipe states; leave sha256 out of "
@@ -75,15 +77,8 @@ def identify_archive(spec: ArchiveSpec, store: ArtifactStore, machine: Machine) 
         return f"sha256:{spec.sha256}"
     if spec.md5:
         return f"md5:{spec.md5}"
-    if isinstance(where, Path):
-        _check_local(where)
-        return f"sha256:{_digest_local(where, store, machine)}"
+    assert isinstance(where, str)
     return _identify_remote(spec.url, where, ask(where, machine.tokens))
-
-
-def _digest_local(path: Path, store: ArtifactStore, machine: Machine) -> Digest:
-    with machine.progress("digest", path.stat().st_size, "B") as advance:
-        return store.digests.digest(path, advance)
 
 
 def _identify_remote(name: str, url: str, remote: Remote) -> str:
