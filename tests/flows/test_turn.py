@@ -70,9 +70,15 @@ def test_a_turn_dies_with_its_holder(tmp_path: Path) -> None:
 
 
 def test_what_takes_a_dead_workers_children_is_no_worker() -> None:
-    other = subprocess.Popen(["cat"], stdin=subprocess.PIPE)
-    worker = subprocess.Popen(["cat", "-", "prefect"], stdin=subprocess.PIPE, stderr=subprocess.DEVNULL)
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
+    other = subprocess.Popen(["cat"], **pipes)
+    worker = subprocess.Popen(["cat", "-", "prefect"], **pipes)
     try:
+        for process in (other, worker):  # one that answers has its command line; right behind the fork it has none yet
+            assert process.stdin and process.stdout
+            process.stdin.write(b"there\n")
+            process.stdin.flush()
+            assert process.stdout.readline() == b"there\n"
         assert not _is_of_prefect(other.pid)
         assert _is_of_prefect(worker.pid)
         assert _is_of_prefect(os.getpid()) == (b"prefect" in Path("/proc/self/cmdline").read_bytes())
