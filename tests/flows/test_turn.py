@@ -75,7 +75,8 @@ def test_what_takes_a_dead_workers_children_is_no_worker() -> None:
     worker = subprocess.Popen(["cat", "-", "prefect"], **pipes)
     try:
         for process in (other, worker):  # one that answers has its command line; right behind the fork it has none yet
-            assert process.stdin and process.stdout
+            assert process.stdin
+            assert process.stdout
             process.stdin.write(b"there\n")
             process.stdin.flush()
             assert process.stdout.readline() == b"there\n"
