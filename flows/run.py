@@ -21,7 +21,7 @@ from tasks.machine import Machine, quiet
 from tasks.stages import TASKS, publish_run
 from tasks.store import Artifact, ArtifactStore
 from tasks.store.pins import recorded_run
-from tasks.training.crew import leading
+from tasks.training.nodes.crew import leading
 
 SEND_SECONDS = 5
 

@@ -25,7 +25,7 @@ from tasks.machine import Machine, Nodes, Progress, TrainingSettings, quiet
 from tasks.store import ArtifactStore, SharedStore, cache_folder, is_url
 from tasks.training.deepspeed import load_deepspeed_config
 from tasks.training.monitors import check_monitors
-from tasks.training.nodes import parse_nodes
+from tasks.training.nodes.nodes import parse_nodes
 from tasks.training.plan import num_cores
 
 ENV_PREFIX = "SEQMILL_"

@@ -22,12 +22,12 @@ from tasks.errors import SeqmillError, SettingsError, StoppedError, WorkerError
 from tasks.machine import Nodes, TrainingSettings
 from tasks.store import ArtifactStore
 from tasks.training.arrivals import Arrivals
-from tasks.training.crew import PROTOCOL
 from tasks.training.launch import agent_command, ranks_lines
 from tasks.training.lines import failure_line
-from tasks.training.nodes import CHECKPOINTS, STORE, Launch, localized
+from tasks.training.nodes.crew import PROTOCOL
+from tasks.training.nodes.nodes import CHECKPOINTS, STORE, Launch, localized
+from tasks.training.nodes.wire import Message, Wire
 from tasks.training.run import WORKER
-from tasks.training.wire import Message, Wire
 
 log = logging.getLogger(__name__)
 

@@ -26,7 +26,7 @@ from tasks.errors import SeqmillError, StoppedError, WorkerError
 from tasks.machine import TrainingSettings
 from tasks.training.agent import free_port
 from tasks.training.lines import FAILURE_PREFIX, METRICS_PREFIX, STOPPED_PREFIX, level_of
-from tasks.training.party import Party
+from tasks.training.nodes.party import Party
 
 log = logging.getLogger(__name__)
 

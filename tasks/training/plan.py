@@ -10,7 +10,7 @@ import orjson
 
 from tasks.errors import SettingsError
 from tasks.machine import TrainingSettings
-from tasks.training.nodes import share_out
+from tasks.training.nodes.nodes import share_out
 from tasks.training.room import gpu_bytes
 
 HOST_SLOTS = re.compile(r"^\s*[^#\s]\S*\s+slots\s*=\s*(\d+)")

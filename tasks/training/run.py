@@ -26,8 +26,8 @@ from tasks.training.metrics import MetricsFile, final_loss, follow, median_of, r
 from tasks.training.model import read_config
 from tasks.training.monitors import FOLDER as MONITORING
 from tasks.training.monitors import Run, watched
+from tasks.training.nodes.party import Party
 from tasks.training.optimization import OptimizationSpec
-from tasks.training.party import Party
 from tasks.training.plan import TrainingPlan
 from tasks.training.references import Reference, row_references
 from tasks.training.together import checkpoint_root, on_nodes

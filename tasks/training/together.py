@@ -14,9 +14,9 @@ from tasks.errors import SettingsError, WorkerError
 from tasks.machine import TrainingSettings
 from tasks.store import ArtifactStore, Digest, SharedStore, Work
 from tasks.training.checkpoints import checkpoint_folders, step_of
-from tasks.training.crew import Crew, crew_of
-from tasks.training.nodes import CHECKPOINTS, STORE
-from tasks.training.party import NodeLostError, Party
+from tasks.training.nodes.crew import Crew, crew_of
+from tasks.training.nodes.nodes import CHECKPOINTS, STORE
+from tasks.training.nodes.party import NodeLostError, Party
 from tasks.training.plan import most_ranks
 
 log = logging.getLogger(__name__)

@@ -12,10 +12,10 @@ from typing import Any
 
 from tasks.machine import Machine, Nodes, TrainingSettings
 from tasks.store import Artifact, ArtifactStore, SharedStore
-from tasks.training.crew import leading
 from tasks.training.deepspeed import preset
 from tasks.training.joining import join
 from tasks.training.model import ModelSpec
+from tasks.training.nodes.crew import leading
 from tasks.training.pretrained import PretrainedSpec, build_pretrained
 from tests.training.small_inputs import QWEN, InputSpec, build_blocks, build_tokenizer
 

@@ -16,11 +16,11 @@ from tasks.machine import Nodes, TrainingSettings
 from tasks.store import ArtifactStore
 from tasks.training import joining
 from tasks.training.agent import free_port
-from tasks.training.crew import PROTOCOL, Crew, crew_of, leading
 from tasks.training.joining import Node, join
 from tasks.training.launch import ranks_lines
-from tasks.training.party import NodeLostError, Party
-from tasks.training.wire import Message, Wire
+from tasks.training.nodes.crew import PROTOCOL, Crew, crew_of, leading
+from tasks.training.nodes.party import NodeLostError, Party
+from tasks.training.nodes.wire import Message, Wire
 
 HELLO = {"say": "hello", "protocol": PROTOCOL, "name": "other", "slots": 2}
 ECHO = "print('of rank 0')"

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from tasks.errors import SettingsError
 from tasks.machine import Nodes, TrainingSettings
-from tasks.training.nodes import Launch, interface_of, localized, parse_nodes, portable, share_out
+from tasks.training.nodes.nodes import Launch, interface_of, localized, parse_nodes, portable, share_out
 from tasks.training.plan import derive_batch
 
 

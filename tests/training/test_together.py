@@ -12,7 +12,7 @@ from tasks.errors import SettingsError, WorkerError
 from tasks.machine import Machine, Nodes, TrainingSettings
 from tasks.store import ArtifactStore, SharedStore, Work, digest_json
 from tasks.training import together
-from tasks.training.party import NodeLostError, Party
+from tasks.training.nodes.party import NodeLostError, Party
 from tasks.training.together import checkpoint_root, on_nodes, sweep
 from tests.training.small_inputs import InputSpec, build_tokenizer
 

@@ -1,7 +1,7 @@
 """The node that leads: it listens for the others, and gives each training a party of those that are there.
 
 A node may come at any time, and is taken along by the next party. One that is lost in a training ends that party: see
-tasks.training.party.
+tasks.training.nodes.party.
 """
 
 import contextlib
@@ -15,8 +15,8 @@ from contextlib import contextmanager
 
 from tasks.errors import SettingsError, WorkerError
 from tasks.machine import Nodes
-from tasks.training.nodes import share_out
-from tasks.training.wire import Message, Wire
+from tasks.training.nodes.nodes import share_out
+from tasks.training.nodes.wire import Message, Wire
 
 log = logging.getLogger(__name__)
 

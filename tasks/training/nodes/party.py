@@ -18,9 +18,9 @@ import orjson
 
 from tasks.errors import WorkerError
 from tasks.training.agent import free_port
-from tasks.training.crew import Crew, Member
-from tasks.training.nodes import Launch, portable
-from tasks.training.wire import SILENT_SECONDS, Message
+from tasks.training.nodes.crew import Crew, Member
+from tasks.training.nodes.nodes import Launch, portable
+from tasks.training.nodes.wire import SILENT_SECONDS, Message
 
 log = logging.getLogger(__name__)
 
