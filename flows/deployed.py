@@ -1,5 +1,5 @@
-"""What a run that a Prefect worker started does beside its work: it waits for its turn, it ends with the worker, and a stop is
-told as a stop."""
+"""What a run that a Prefect worker started does beside its work: it waits for its turn, it ends with its worker and with the run
+that started it, and a stop is told as a stop."""
 
 import logging
 import os
@@ -12,13 +12,16 @@ from pathlib import Path
 from uuid import UUID
 
 import httpx
-from prefect.client.orchestration import get_client
-from prefect.client.schemas.objects import State, StateType
+from prefect.client.orchestration import SyncPrefectClient, get_client
+from prefect.client.schemas.objects import FlowRun, State, StateType
 from prefect.context import FlowRunContext
 from prefect.exceptions import PrefectException, TerminationSignal
 
+from flows.parent import ENDED, ParentWatch, cancel
+from flows.server import prefect_folder
 from flows.settings import is_started_by_worker, load_settings
 from flows.turn import turn
+from flows.underway import hold
 from tasks.errors import StoppedError
 
 log = logging.getLogger(__name__)
@@ -32,12 +35,14 @@ AWAITING = "AwaitingTurn"
 
 @contextmanager
 def under_worker() -> Iterator[None]:
-    """The care of one run; nothing where no worker started it."""
-    if not is_started_by_worker():
-        yield
-        return
+    """The care of one run; where no worker started it, a note that this process is at work on it."""
     context = FlowRunContext.get()
     run = context.flow_run.id if context and context.flow_run else None
+    if not is_started_by_worker():
+        if run:
+            hold(prefect_folder(load_settings()), run)
+        yield
+        return
     threading.Thread(target=_end_with, args=(os.getppid(), run), daemon=True).start()
     try:
         yield
@@ -76,29 +81,39 @@ def _tell(state: State[None]) -> None:
 def _end_with(worker: int, run: UUID | None) -> None:
     """End this process when its worker is gone, by SIGTERM: ranks save a checkpoint, and the engine reports the run Crashed.
 
-    Nobody could cancel it any more, and the next worker would start the run a second time beside it.
+    Nobody could cancel it any more, and the next worker would start the run a second time beside it. As long as the worker is
+    there, cancel the run where the one that started it has ended.
     """
-    looked = time.monotonic()
+    looked, watch = time.monotonic(), ParentWatch()
     while os.getppid() == worker and _is_of_prefect(worker):
         time.sleep(POLL_SECONDS)
         if run and time.monotonic() - looked >= LIFE_SECONDS:
-            _say_that_it_lives(run)
+            _look_up(run, watch)
             looked = time.monotonic()
     os.kill(os.getpid(), signal.SIGTERM)
     time.sleep(load_settings().stop_seconds + REPORT_SECONDS)
     os._exit(1)
 
 
-def _say_that_it_lives(run: UUID) -> None:
-    """Take back that the run crashed, where only its heartbeats were missed: the server was away, or the machine slept."""
+def _look_up(run: UUID, watch: ParentWatch) -> None:
+    """Ask the server how this run is told, and whether its parent is there still."""
     try:
         with get_client(sync_client=True) as client:
-            state = client.read_flow_run(run).state
-            if state and state.is_crashed() and (state.message or "").startswith(NO_HEARTBEAT):
-                client.set_flow_run_state(run, State(type=StateType.RUNNING, name="Running"), force=True)
-                log.warning("prefect: this run was told as crashed, for the server heard nothing of it; it is under way")
+            told = client.read_flow_run(run)
+            _say_that_it_lives(client, told)
+            if watch.is_over(client, told):
+                log.warning("prefect: %s; this one is cancelled, and what is finished is kept", ENDED)
+                cancel(client, [run])
     except Exception as error:  # away still, or the run was deleted; the watch over the worker is worth more
-        log.debug("prefect: cannot be asked whether this run is told as crashed: %s", error)
+        log.debug("prefect: cannot be asked how this run is told: %s", error)
+
+
+def _say_that_it_lives(client: SyncPrefectClient, run: FlowRun) -> None:
+    """Take back that the run crashed, where only its heartbeats were missed: the server was away, or the machine slept."""
+    state = run.state
+    if state and state.is_crashed() and (state.message or "").startswith(NO_HEARTBEAT):
+        client.set_flow_run_state(run.id, State(type=StateType.RUNNING, name="Running"), force=True)
+        log.warning("prefect: this run was told as crashed, for the server heard nothing of it; it is under way")
 
 
 def _is_of_prefect(pid: int) -> bool:

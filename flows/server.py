@@ -18,6 +18,7 @@ import httpx
 
 from flows.services import running
 from flows.settings import LOOPBACK, Settings, environment, inherited_environment, prefect_api_url, prefect_environment
+from flows.underway import crash_gone
 from tasks.errors import WorkerError
 
 log = logging.getLogger(__name__)
@@ -46,6 +47,7 @@ def prefect_server(settings: Settings, *, verbose: bool = False, port: int | Non
     """
     if staying := staying_url(settings):
         with environment(prefect_environment(settings, None if prefect_api_url() else staying, verbose)):
+            crash_gone(prefect_folder(settings))
             yield staying
         return
     folder, port = prefect_folder(settings), port or free_port()
@@ -54,6 +56,7 @@ def prefect_server(settings: Settings, *, verbose: bool = False, port: int | Non
     with environment(prefect_environment(settings, url, verbose)):
         process = _start(folder, port, url)
         try:
+            crash_gone(folder)
             yield url
         finally:
             _stop(process)

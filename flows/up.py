@@ -25,6 +25,7 @@ from flows import services
 from flows.database import check_database, without_database
 from flows.server import prefect_folder, server_command, wait_until_healthy
 from flows.settings import LOOPBACK, Settings, environment, export_settings, inherited_environment, prefect_environment
+from flows.underway import crash_gone
 from tasks.errors import SettingsError, WorkerError
 from tasks.store import digest_bytes
 
@@ -66,6 +67,7 @@ def bring_up(settings: Settings, host: str, port: int) -> str:
             from flows import registration
 
             registration.register(root)
+            crash_gone(folder)
             if not services.running(folder, "worker"):
                 registration.forget_workers(worker_prefix(folder))
                 registration.crash_orphans()

@@ -1,6 +1,8 @@
-"""`seqmill run` told SIGTERM while it trains: it saves a checkpoint, says so in one line, and goes on when run again."""
+"""`seqmill run` ended while it trains. By SIGTERM: it saves a checkpoint, says so in one line, and goes on when run again. By
+SIGKILL: the next command tells Prefect's server that it crashed."""
 
 import signal
+import sqlite3
 import subprocess
 import time
 from pathlib import Path
@@ -26,6 +28,29 @@ def test_the_command_told_to_stop_saves_a_checkpoint_and_goes_on_from_it(tmp_pat
         assert "Traceback" not in told
         world.json(*options, *longer)
         assert 1 <= world.json("show", "pretrained")["produced_by"]["resumed_from"] < 400
+
+
+@pytest.mark.slow
+def test_a_command_that_was_killed_is_told_as_crashed_by_the_next_one(tmp_path: Path) -> None:
+    with serving() as server:
+        world = World.make(tmp_path, server)
+        options = ("run", "small.yaml", "--until", "pretrained")
+        process = world.start(*options, "--set", "pretrained.num_steps=400")
+        wait_for_a_report(process, tmp_path / "store" / ".staging" / "pretrained")
+        process.kill()
+        process.communicate()
+        assert told_of_runs(tmp_path) == ["Running"]
+        world.json(*options)
+        assert told_of_runs(tmp_path) == ["Crashed", "Completed"]
+        with sqlite3.connect(tmp_path / "store" / ".prefect" / "prefect.db") as database:
+            ((message,),) = database.execute("select message from flow_run_state where name = 'Crashed'").fetchall()
+        assert message == "its process was killed; what is finished is kept, run it again to go on"
+
+
+def told_of_runs(folder: Path) -> list[str]:
+    """The states of the runs that the store's server remembers, oldest first."""
+    with sqlite3.connect(folder / "store" / ".prefect" / "prefect.db") as database:
+        return [name for (name,) in database.execute("select state_name from flow_run order by created")]
 
 
 def wait_for_a_report(process: "subprocess.Popen[str]", staging: Path) -> None:
