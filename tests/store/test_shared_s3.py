@@ -170,9 +170,9 @@ def ranges(proxy: Proxy) -> list[Asked]:
     return [asked for asked in proxy.asked if asked.target.endswith("/bytes") and asked.method == "GET"]
 
 
-def machine(url: str, proxy: Proxy, cache: Path, num_bytes: int, claim_seconds: float) -> "subprocess.Popen[bytes]":
+def machine(url: str, endpoint: str, cache: Path, num_bytes: int, claim_seconds: float) -> "subprocess.Popen[bytes]":
     """Another machine that builds the letters of "ab"."""
-    command = [sys.executable, "-m", "tests.store.shared_build", url, proxy.address, str(cache), "ab", str(num_bytes)]
+    command = [sys.executable, "-m", "tests.store.shared_build", url, endpoint, str(cache), "ab", str(num_bytes)]
     return subprocess.Popen([*command, str(claim_seconds)], stdout=subprocess.PIPE, env={**os.environ, "PYTHONPATH": os.getcwd()})
 
 
@@ -184,7 +184,7 @@ def told(process: "subprocess.Popen[bytes]") -> dict[str, object]:
 
 
 def test_of_two_machines_at_once_each_artifact_is_built_by_one(url: str, proxy: Proxy, tmp_path: Path) -> None:
-    machines = [machine(url, proxy, tmp_path / name, 0, 30) for name in ("here", "there")]
+    machines = [machine(url, proxy.address, tmp_path / name, 0, 30) for name in ("here", "there")]
     first, second = (told(process) for process in machines)
     assert first["content"] == second["content"]
     assert sorted([*first["builds"], *second["builds"]]) == ["a", "ab", "b", "letters"]  # type: ignore[misc]
@@ -204,7 +204,7 @@ def test_a_builder_killed_in_its_upload_is_taken_over(url: str, proxy: Proxy, tm
         return "pass"
 
     proxy.rule = hold_the_second_part
-    dead = machine(url, proxy, tmp_path / "here", LARGE, 1)
+    dead = machine(url, proxy.address, tmp_path / "here", LARGE, 1)
     assert reached.wait(60)
     dead.send_signal(signal.SIGKILL)
     dead.wait()
