@@ -92,7 +92,7 @@ def made(folder: Path, num_shards: int) -> ArtifactStore:
     for node in nodes(folder):
         inputs = {name: artifacts[source] for name, source in node.inputs.items()}
         artifacts[node.name] = write_artifact(store, node, inputs, num_shards // len(SHARDED))
-    pin(artifacts["blocks"], "measured")
+    pin(store.notes, artifacts["blocks"], "measured")
     (folder / "made").touch()
     print(f"{folder}: made in {duration(time.perf_counter() - start)}", file=sys.stderr, flush=True)
     return store

@@ -55,7 +55,7 @@ def run_nodes(
     store = settings.open_store(console_progress())
     machine = replace(settings.machine(console_progress()), on_metrics=console_reports(), recipe=recipe.name)
     check_ranks(nodes, machine)
-    with leading(machine.training.nodes), recorded_run(store.root, recipe.name, ends, overrides) as record:
+    with leading(machine.training.nodes), recorded_run(store.notes, recipe.name, ends, overrides) as record:
         walk = Walk(recipe.name, store, machine, record)
         for name, ref in (given or {}).items():
             walk.artifacts[name] = taken(store, ref)

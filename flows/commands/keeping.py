@@ -29,10 +29,10 @@ def pin(
     from tasks.store.pins import pin as pin_artifact
     from tasks.store.pins import pins
 
-    artifacts = load_settings(store=store).open_local_store("pin")
+    artifacts = load_settings(store=store).open_store()
     for artifact in [artifacts.resolve(ref) for ref in refs or []]:
-        pin_artifact(artifact, note)
-    found = pins(artifacts.root)
+        pin_artifact(artifacts.notes, artifact, note)
+    found = pins(artifacts.notes)
     if as_json:
         print_json(found)
     else:
@@ -44,9 +44,9 @@ def unpin(refs: RefsArgument, store: StoreOption = None) -> None:
     """Take pins off."""
     from tasks.store.pins import unpin as unpin_artifact
 
-    artifacts = load_settings(store=store).open_local_store("unpin")
+    artifacts = load_settings(store=store).open_store()
     for artifact in [artifacts.resolve(ref) for ref in refs]:
-        _say(f"{artifact.ref}: {'unpinned' if unpin_artifact(artifact) else 'was not pinned'}")
+        _say(f"{artifact.ref}: {'unpinned' if unpin_artifact(artifacts.notes, artifact) else 'was not pinned'}")
 
 
 @commands.command()

@@ -13,13 +13,13 @@ import re
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import timedelta
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TextIO, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, TextIO, TypeVar
 from urllib.parse import unquote, urlsplit
 
 from tasks.errors import SettingsError, StoreError
@@ -27,6 +27,7 @@ from tasks.machine import Advance
 from tasks.store.digest import Digest, digest_bytes
 
 if TYPE_CHECKING:
+    from obstore import ObjectMeta
     from obstore.store import ObjectStore
 
 log = logging.getLogger(__name__)
@@ -39,6 +40,8 @@ PART_BYTES = 8 << 20
 MOST_PARTS = 10_000
 NUM_CONNECTIONS = 4  # of one file: on loopback 4 read faster than 8
 
+MOST_DELETED, MOST_AT_ONCE = 1000, 16  # by one request, where it may be several; requests, where it may not
+
 # How each provider's client is told of another server than the provider's own.
 ENDPOINT_OPTIONS: dict[str, Callable[[str], dict[str, Any]]] = {
     "s3": lambda endpoint: {"endpoint": endpoint, "virtual_hosted_style_request": False},
@@ -47,6 +50,14 @@ ENDPOINT_OPTIONS: dict[str, Callable[[str], dict[str, Any]]] = {
 }
 
 T = TypeVar("T")
+
+
+class Listed(NamedTuple):
+    """An object as a listing has it."""
+
+    name: str
+    num_bytes: int
+    modified: float  # seconds since 1970, by the bucket's clock
 
 
 @dataclass(frozen=True)
@@ -116,6 +127,57 @@ class Bucket:
         prefix = f"{folder}/" if folder else None
         found = self._asked(folder, lambda: obstore.list_with_delimiter(self._store, prefix))
         return [path.rstrip("/").rsplit("/", 1)[-1] for path in found["common_prefixes"]] if found else []
+
+    def objects(self, folder: str = "") -> Iterator[Listed]:
+        """Every object below ``folder`` that the listing knows so far, a page at a time, those of one folder together."""
+        import obstore
+
+        prefix, last, stream = f"{folder}/" if folder else None, None, None
+
+        def next_page() -> "Sequence[ObjectMeta] | None":
+            nonlocal stream
+            try:
+                stream = stream or obstore.list(self._store, prefix, offset=last)
+                return next(stream, None)
+            except BaseException:
+                stream = None  # the next try goes on behind the last page
+                raise
+
+        while page := self._asked(folder, next_page):
+            yield from (Listed(one["path"], one["size"], one["last_modified"].timestamp()) for one in page)
+            last = page[-1]["path"]
+
+    def dated(self, name: str) -> tuple[bytes, float] | None:
+        """An object's bytes, and when it was written by the bucket's clock, in seconds since 1970; None where it is not."""
+        import obstore
+
+        def get() -> tuple[bytes, float]:
+            found = obstore.get(self._store, name)
+            return bytes(found.bytes()), found.meta["last_modified"].timestamp()
+
+        return self._asked(name, get)
+
+    def modified(self, name: str) -> float | None:
+        """When an object was written by the bucket's clock, in seconds since 1970; None where there is no such object."""
+        import obstore
+
+        found = self._asked(name, lambda: obstore.head(self._store, name))
+        return found["last_modified"].timestamp() if found else None
+
+    def delete_all(self, names: Sequence[str]) -> None:
+        """Remove objects, a thousand a request where the store can; those that are not there are no matter."""
+        import obstore
+
+        def delete(some: Sequence[str]) -> bool:
+            obstore.delete(self._store, some)
+            return True
+
+        for start in range(0, len(names), MOST_DELETED):
+            some = list(names[start : start + MOST_DELETED])
+            # None: one of them was not there, and of the others nothing is said.
+            if self._asked(some[0], partial(delete, some)) is None:
+                with ThreadPoolExecutor(MOST_AT_ONCE) as pool:
+                    list(pool.map(self.delete, some))
 
     def upload(self, source: Path, name: str, advance: Advance) -> None:
         """Write a file as an object, a large one in parts; the object appears whole or not at all.

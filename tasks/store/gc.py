@@ -16,18 +16,15 @@ import shutil
 from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import orjson
-
 from tasks.errors import StoreError
-from tasks.store.artifact import MANIFEST_NAME
 from tasks.store.lease import clock_ns, collecting, oldest_lease, try_lock
 from tasks.store.origin import folder_bytes
-from tasks.store.pins import last_refs, pins, unfinished_since
-from tasks.store.records import Records
+from tasks.store.pins import last_refs, pins, runs, unfinished_since
+from tasks.store.reach import Reach
 from tasks.store.store import TRASH, ArtifactStore
 
 log = logging.getLogger(__name__)
@@ -81,7 +78,7 @@ def collect(store: ArtifactStore, *, keep_last: int, grace_seconds: float, dry_r
             moved = [(what, name) for what, name in moved if _move(store.root, name, batch)]
             _remove_locks(store.root, marking.cutoff)
     where = store.root if dry_run else batch
-    taken = _summed((what, folder_bytes(where / name)) for what, name in moved)
+    taken = summed((what, folder_bytes(where / name)) for what, name in moved)
     return Collected(
         is_dry_run=dry_run,
         grace_seconds=grace_seconds,
@@ -106,28 +103,25 @@ class Marking:
     lease: float | None = None
     unfinished: float | None = None
     num_in_use: int = 0
-    reached: dict[str, set[bytes]] = field(default_factory=lambda: defaultdict(set))
 
     def __post_init__(self) -> None:
         root = self.store.root
-        self.records = Records(root)
+        self.reached = Reach(root)
+        recorded = runs(self.store.notes, is_strict=True)
         self.lease = oldest_lease(root)
-        self.unfinished = unfinished_since(root, self.now)
+        self.unfinished = unfinished_since(recorded, self.now)
         # A microsecond later: without any grace, what was made in this very tick of the clock is not in use either.
         begin = self.now - self.grace_seconds + 1e-6
         self.cutoff = min(when for when in (begin, self.lease, self.unfinished) if when is not None)
-        roots = {str(pinned.get("ref")) for pinned in pins(root, is_strict=True)}
-        roots |= last_refs(root, self.keep_last, is_strict=True)
+        roots = {str(pinned.get("ref")) for pinned in pins(self.store.notes, is_strict=True)}
+        roots |= last_refs(recorded, self.keep_last)
         if not roots:
-            raise StoreError(
-                f"{root}: no pin and no recorded run says what is needed, and all of it would be collected; "
-                "run your recipes again (all of it will be found), or pin what you keep"
-            )
-        self._reach(roots)
+            raise nothing_needed(self.store)
+        self.reached.follow(roots)
 
     @property
     def num_kept(self) -> int:
-        return sum(len(keys) for keys in self.reached.values())
+        return len(self.reached)
 
     def moved(self) -> list[tuple[str, str]]:
         """What is not needed: for each folder what it is, and its path below the root.
@@ -139,15 +133,15 @@ class Marking:
         shards = {kind: keys for kind, keys in listed.items() if kind.endswith("-shard")}
         artifacts = [f"{kind}/{key}" for kind, keys in listed.items() if kind not in shards for key in keys]
         used = {ref for ref in artifacts if self._is_used(*ref.split("/"))}
-        self._reach(used)
-        moved = [(ref, ref) for ref in artifacts if not self._is_reached(*ref.split("/"))]
+        self.reached.follow(used)
+        moved = [(ref, ref) for ref in artifacts if not self.reached.has(*ref.split("/"))]
         self.num_in_use = len(artifacts) - len(moved)
         for kind, keys in shards.items():
             for key in keys:
-                if self._is_reached(kind, key):
+                if self.reached.has(kind, key):
                     continue
                 if self._is_used(kind, key):
-                    self.reached[kind].add(_bytes(key))
+                    self.reached.add(kind, key)
                     self.num_in_use += 1
                 else:
                     moved.append((kind, f"{kind}/{key}"))
@@ -156,32 +150,12 @@ class Marking:
     def _unreached(self, kind: str) -> list[str]:
         with os.scandir(self.store.root / kind) as entries:
             names = [entry.name for entry in entries]
-        return [name for name in names if len(name) == KEY_CHARACTERS and not self._is_reached(kind, name)]
-
-    def _is_reached(self, kind: str, key: str) -> bool:
-        return _bytes(key) in self.reached[kind]
+        return [name for name in names if len(name) == KEY_CHARACTERS and not self.reached.has(kind, name)]
 
     def _is_used(self, kind: str, key: str) -> bool:
         """Whether it was committed, or found, since the cutoff."""
         root = self.store.root
         return _modified(f"{root}/{kind}/{key}") >= self.cutoff or _modified(f"{root}/.locks/{kind}-{key}") >= self.cutoff
-
-    def _reach(self, refs: set[str]) -> None:
-        """Mark artifacts, the shards that they list, and what they were made from."""
-        waiting = sorted(refs)
-        while waiting:
-            kind, _, key = waiting.pop().partition("/")
-            if not key or _bytes(key) in self.reached[kind]:
-                continue
-            path = self.store.root / kind / key / MANIFEST_NAME
-            if not path.exists():
-                continue
-            self.reached[kind].add(_bytes(key))
-            for shard_kind, shard_key in _shards(path):
-                self.reached[shard_kind].add(_bytes(shard_key))
-            if record := self.records.by_ref(f"{kind}/{key}"):
-                found = (self.records.input_of(record, name) for name in record.inputs)
-                waiting += [given.ref for given in found if given]
 
     def _leftovers(self) -> Iterator[tuple[str, str]]:
         """Staging that nobody builds in, and what was set aside as damaged, both untouched since the cutoff."""
@@ -253,27 +227,21 @@ def _is_locked(path: Path) -> bool:
         return not is_free
 
 
-def _shards(path: Path) -> Iterator[tuple[str, str]]:
-    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
-        for entry in orjson.loads(path.read_bytes())["shards"]:
-            yield entry["kind"], entry["key"]
+def nothing_needed(store: ArtifactStore) -> StoreError:
+    """What a collector says that would take all."""
+    return StoreError(
+        f"{store.address}: no pin and no recorded run says what is needed, and all of it would be collected; "
+        "run your recipes again (all of it will be found), or pin what you keep"
+    )
 
 
-def _summed(found: Iterator[tuple[str, int]]) -> tuple[Taken, ...]:
+def summed(found: Iterator[tuple[str, int]]) -> tuple[Taken, ...]:
     numbers: dict[str, int] = defaultdict(int)
     sizes: dict[str, int] = defaultdict(int)
     for what, num_bytes in found:
         numbers[what] += 1
         sizes[what] += num_bytes
     return tuple(Taken(what, numbers[what], sizes[what]) for what in numbers)
-
-
-def _bytes(key: str) -> bytes:
-    """Half the memory of the key's own string; a million of them are held."""
-    try:
-        return bytes.fromhex(key)
-    except ValueError:
-        return key.encode()
 
 
 def _modified(path: str) -> float:

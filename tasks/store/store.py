@@ -26,6 +26,7 @@ from tasks.machine import Advance
 from tasks.store.artifact import MANIFEST_NAME, Artifact, FileEntry, Manifest, ShardEntry, content_of
 from tasks.store.digest import Digest, DigestMemory, digest_file, digest_json, fsync_path, fsync_tree
 from tasks.store.lease import passing
+from tasks.store.notes import FolderNotes, Notes
 from tasks.store.whole import damaged_shard
 
 log = logging.getLogger(__name__)
@@ -42,6 +43,11 @@ class ArtifactStore:
     def __init__(self, root: Path) -> None:
         self.root = root.expanduser().absolute()
         self.digests = DigestMemory(self.root / ".digests")
+
+    @property
+    def notes(self) -> Notes:
+        """Where pins and runs are recorded."""
+        return FolderNotes(self.root)
 
     @property
     def address(self) -> str:

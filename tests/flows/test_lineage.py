@@ -29,7 +29,7 @@ def built(folder: Path, store: ArtifactStore, overrides: dict[str, Any] | None =
     """Archive to blocks, recorded as a run."""
     artifacts: dict[str, Artifact] = {}
     recipe = load_recipe(str(folder / "minimal.yaml"), {"archive.url": str(folder / "corpus.jsonl"), **(overrides or {})})
-    with recorded_run(store.root, recipe.name, ["blocks"], overrides) as record:
+    with recorded_run(store.notes, recipe.name, ["blocks"], overrides) as record:
         for node in ending_with(nodes_of(recipe), ["blocks"]):
             inputs = {name: artifacts[source] for name, source in node.inputs.items()}
             artifacts[node.name] = node.stage(store, replace(Machine(), recipe=recipe.name), node.spec, **inputs)

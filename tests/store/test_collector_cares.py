@@ -12,6 +12,7 @@ from tasks.machine import Machine
 from tasks.store import ArtifactStore
 from tasks.store.gc import Marking, collect
 from tasks.store.lease import clock_ns, end_lease
+from tasks.store.notes import FolderNotes
 from tasks.store.pins import pin, recorded_run, runs, unfinished_since
 from tests.store.test_gc import DAY, aged, built, gone, held
 from tests.store.test_stage import WordSpec, build_word
@@ -26,7 +27,7 @@ def stopped(store: ArtifactStore, recipe: str, until: str = "model") -> Path:
     """A run that was killed in the building of a model, and its staging with a checkpoint."""
 
     def run() -> None:
-        with recorded_run(store.root, recipe, [until], None):
+        with recorded_run(store.notes, recipe, [until], None):
             (staging / "checkpoint").write_text("far")
             raise KeyboardInterrupt
 
@@ -37,7 +38,7 @@ def stopped(store: ArtifactStore, recipe: str, until: str = "model") -> Path:
 
 
 def finished(store: ArtifactStore, recipe: str, until: str = "model") -> None:
-    with recorded_run(store.root, recipe, [until], None):
+    with recorded_run(store.notes, recipe, [until], None):
         pass
 
 
@@ -45,7 +46,7 @@ def after_days(store: ArtifactStore, days: float) -> None:
     """As if everything, the runs too, had been left alone for so long."""
     aged(store, days)
     for path in store.root.glob(".runs/*.json"):
-        (run,) = [run for run in runs(store.root) if f"{run['pid']}.json" in path.name]
+        (run,) = [run for run in runs(store.notes) if f"{run['pid']}.json" in path.name]
         text, then = path.read_text(), run["started"]
         path.write_text(text.replace(then, _earlier(then, days)))
 
@@ -56,7 +57,7 @@ def _earlier(when: str, days: float) -> str:
 
 def test_a_training_that_was_killed_on_friday_is_there_on_monday(store: ArtifactStore) -> None:
     built(store, "abc")
-    pin(store.resolve("letters"))
+    pin(store.notes, store.resolve("letters"))
     staging = stopped(store, "mine")
     after_days(store, 3)
     assert [gone(store, days=days).taken for days in (1, 1)] == [(), ()]
@@ -65,7 +66,7 @@ def test_a_training_that_was_killed_on_friday_is_there_on_monday(store: Artifact
 
 def test_it_goes_when_the_same_recipe_came_to_the_same_end_without_it(store: ArtifactStore) -> None:
     built(store, "abc")
-    pin(store.resolve("letters"))
+    pin(store.notes, store.resolve("letters"))
     staging = stopped(store, "mine")
     after_days(store, 3)
     finished(store, "yours")
@@ -80,19 +81,19 @@ def test_a_run_that_nobody_goes_on_with_for_a_month_holds_nothing(store: Artifac
     built(store, "abc")
     stopped(store, "mine")
     now = clock_ns(store.root) / 1e9
-    assert unfinished_since(store.root, now) is not None
-    assert unfinished_since(store.root, now + 31 * DAY) is None
+    assert unfinished_since(runs(store.notes), now) is not None
+    assert unfinished_since(runs(store.notes), now + 31 * DAY) is None
 
 
 def test_branches_that_end_at_once_are_all_noted(tmp_path: Path) -> None:
     names = [f"node{number}" for number in range(40)]
-    with recorded_run(tmp_path, "mine", ["end"], None) as record:
+    with recorded_run(FolderNotes(tmp_path), "mine", ["end"], None) as record:
         threads = [threading.Thread(target=record, args=(name, f"word/{name}")) for name in names]
         for thread in threads:
             thread.start()
         for thread in threads:
             thread.join()
-    assert sorted(runs(tmp_path)[0]["refs"]) == sorted(names)
+    assert sorted(runs(FolderNotes(tmp_path))[0]["refs"]) == sorted(names)
 
 
 @pytest.mark.parametrize("name", [".pins/word-1.json", ".runs/1.json"])

@@ -14,6 +14,7 @@ from tasks.machine import Machine
 from tasks.store import Artifact, ArtifactStore
 from tasks.store.gc import Collected, collect
 from tasks.store.lease import end_lease
+from tasks.store.notes import FolderNotes
 from tasks.store.pins import last_refs, pin, pins, recorded_run, runs, unpin
 from tests.store.test_stage import ListSpec, WordSpec, build_letters, build_word
 
@@ -30,7 +31,7 @@ def built(store: ArtifactStore, word: str, recipe: str | None = None) -> Artifac
     machine = Machine()
     made = build_letters(store, machine, ListSpec(), word=build_word(store, machine, WordSpec(word=word)))
     if recipe:
-        with recorded_run(store.root, recipe, ["letters"], None) as record:
+        with recorded_run(store.notes, recipe, ["letters"], None) as record:
             record("letters", made.ref)
     return made
 
@@ -118,12 +119,12 @@ def test_staging_that_is_being_built_in_stays_however_old(store: ArtifactStore) 
 def test_a_pin_keeps_what_no_run_names_and_all_that_it_was_made_from(store: ArtifactStore) -> None:
     old = built(store, "abc")
     built(store, "xyz", "mine")
-    pin(old, "released as 1.0")
-    assert [(pinned["ref"], pinned["note"]) for pinned in pins(store.root)] == [(old.ref, "released as 1.0")]
+    pin(store.notes, old, "released as 1.0")
+    assert [(pinned["ref"], pinned["note"]) for pinned in pins(store.notes)] == [(old.ref, "released as 1.0")]
     aged(store)
     assert gone(store).taken == ()
-    assert unpin(old)
-    assert not unpin(old)
+    assert unpin(store.notes, old)
+    assert not unpin(store.notes, old)
     assert {taken.what.partition("/")[0] for taken in gone(store).taken} == {"letters", "word", "letter-shard"}
 
 
@@ -170,7 +171,7 @@ def test_old_locks_and_what_was_set_aside_go_too(store: ArtifactStore) -> None:
 
 def test_of_every_node_the_last_different_artifacts_are_kept(tmp_path: Path) -> None:
     def run(recipe: str, **refs: str) -> None:
-        with recorded_run(tmp_path, recipe, ["end"], None) as record:
+        with recorded_run(FolderNotes(tmp_path), recipe, ["end"], None) as record:
             for name, ref in refs.items():
                 record(name, ref)
 
@@ -179,30 +180,31 @@ def test_of_every_node_the_last_different_artifacts_are_kept(tmp_path: Path) -> 
     run("mine", tokens="tokens/3")  # until tokens only
     run("mine", tokens="tokens/3")
     run("yours", tokens="tokens/9")
-    assert last_refs(tmp_path, 1) == {"tokens/3", "pretrained/2", "tokens/9"}
-    assert last_refs(tmp_path, 2) == {"tokens/3", "tokens/2", "pretrained/2", "pretrained/1", "tokens/9"}
-    assert last_refs(tmp_path, 0) == set()
+    recorded = runs(FolderNotes(tmp_path))
+    assert last_refs(recorded, 1) == {"tokens/3", "pretrained/2", "tokens/9"}
+    assert last_refs(recorded, 2) == {"tokens/3", "tokens/2", "pretrained/2", "pretrained/1", "tokens/9"}
+    assert last_refs(recorded, 0) == set()
 
 
 def test_a_run_is_recorded_as_it_goes_and_says_how_it_ended(tmp_path: Path) -> None:
     def fail() -> None:
-        with recorded_run(tmp_path, "mine", ["blocks"], {"a.b": 1}) as record:
+        with recorded_run(FolderNotes(tmp_path), "mine", ["blocks"], {"a.b": 1}) as record:
             record("archive", "archive/1")
-            assert runs(tmp_path)[0]["state"] == "running"
+            assert runs(FolderNotes(tmp_path))[0]["state"] == "running"
             raise ValueError("no")
 
     with pytest.raises(ValueError, match="no"):
         fail()
-    (run,) = runs(tmp_path)
+    (run,) = runs(FolderNotes(tmp_path))
     assert (run["recipe"], run["state"], run["refs"]) == ("mine", "failed", {"archive": "archive/1"})
     assert (run["overrides"], run["error"]) == ({"a.b": 1}, "ValueError: no")
 
 
 def test_a_record_that_cannot_be_read_is_passed_over(tmp_path: Path) -> None:
-    with recorded_run(tmp_path, "mine", ["blocks"], None) as record:
+    with recorded_run(FolderNotes(tmp_path), "mine", ["blocks"], None) as record:
         record("archive", "archive/1")
     (tmp_path / ".runs" / "torn.json").write_text('{"recipe": "mi')
-    assert [run["recipe"] for run in runs(tmp_path)] == ["mine"]
+    assert [run["recipe"] for run in runs(FolderNotes(tmp_path))] == ["mine"]
 
 
 WORDS = ("abcdef", "defghi", "ghijkl", "jklabc")

@@ -1,0 +1,127 @@
+"""Small records beside the artifacts, pins and runs: files of a local store, objects of a shared one.
+
+Reads and writes  <root>/<folder>/<name>.json or <url>/<folder>/<name>.json
+"""
+
+import logging
+import os
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, Protocol
+
+import orjson
+
+from tasks.errors import StoreError
+from tasks.store.bucket import Bucket
+from tasks.store.digest import write_atomically
+
+log = logging.getLogger(__name__)
+
+NUM_REQUESTS = 16
+
+
+class Notes(Protocol):
+    """Where a store keeps its records; ``name`` is <folder>/<name>.json."""
+
+    def write(self, name: str, value: dict[str, Any]) -> None:
+        """Write a record, over the one that may be there. Raises OSError or StoreError."""
+
+    def remove(self, name: str) -> bool:
+        """Remove a record; False where there was none."""
+
+    def read_all(self, folder: str, *, is_strict: bool = False) -> list[dict[str, Any]]:
+        """Every record of a folder.
+
+        is_strict: raise StoreError for one that cannot be read, which is passed over otherwise.
+        """
+
+
+class FolderNotes:
+    """Records as files below a store's root."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+
+    def write(self, name: str, value: dict[str, Any]) -> None:
+        write_atomically(self.root / name, orjson.dumps(value, default=str))
+
+    def remove(self, name: str) -> bool:
+        was_there = (self.root / name).exists()
+        (self.root / name).unlink(missing_ok=True)
+        return was_there
+
+    def read_all(self, folder: str, *, is_strict: bool = False) -> list[dict[str, Any]]:
+        return [value for path in self._paths(self.root / folder) if (value := self._read(path, is_strict)) is not None]
+
+    def _read(self, path: Path, is_strict: bool) -> dict[str, Any] | None:
+        try:
+            data = path.read_bytes()
+        except FileNotFoundError:  # unpinned meanwhile
+            return None
+        except OSError as error:
+            _tell_unreadable(str(path), error, is_strict)
+            return None
+        return _parsed(str(path), data, is_strict)
+
+    def _paths(self, folder: Path) -> Iterator[Path]:
+        # Not by glob, to which a folder that may not be read is an empty one.
+        try:
+            names = sorted(os.listdir(folder))
+        except FileNotFoundError:
+            return
+        except OSError as error:
+            raise StoreError(f"{folder}: cannot be read ({error.strerror}); mend its rights") from error
+        yield from (folder / name for name in names if name.endswith(".json") and not name.startswith("."))
+
+
+class BucketNotes:
+    """Records as objects of a bucket. When a run "started" is told by the bucket's clock: machines' clocks differ."""
+
+    def __init__(self, bucket: Bucket) -> None:
+        self.bucket = bucket
+        self._began: dict[str, float | None] = {}
+
+    def write(self, name: str, value: dict[str, Any]) -> None:
+        began = self._began.get(name)
+        self.bucket.put(name, orjson.dumps({**value, "began": began} if began else value, default=str))
+        if name not in self._began:
+            self._began[name] = self.bucket.modified(name)
+
+    def remove(self, name: str) -> bool:
+        was_there = self.bucket.num_bytes(name) is not None
+        self.bucket.delete(name)
+        return was_there
+
+    def read_all(self, folder: str, *, is_strict: bool = False) -> list[dict[str, Any]]:
+        names = [listed.name for listed in self.bucket.objects(folder)]
+        with ThreadPoolExecutor(NUM_REQUESTS, thread_name_prefix="requests") as pool:
+            read = list(pool.map(lambda name: self._read(name, is_strict), names))
+        return [value for value in read if value is not None]
+
+    def _read(self, name: str, is_strict: bool) -> dict[str, Any] | None:
+        if (found := self.bucket.dated(name)) is None:
+            return None
+        value = _parsed(f"{self.bucket.url}/{name}", found[0], is_strict)
+        if value is not None and "started" in value:
+            began = value.pop("began", None) or found[1]
+            value["started"] = datetime.fromtimestamp(began, UTC).isoformat(timespec="microseconds")
+        return value
+
+
+def _parsed(where: str, data: bytes, is_strict: bool) -> dict[str, Any] | None:
+    try:
+        value = orjson.loads(data)
+    except ValueError as error:
+        _tell_unreadable(where, error, is_strict)
+        return None
+    return value if isinstance(value, dict) else None
+
+
+def _tell_unreadable(where: str, error: Exception, is_strict: bool) -> None:
+    if is_strict:
+        raise StoreError(
+            f"{where}: cannot be read ({type(error).__name__}), and what it names would be collected; mend or delete it"
+        ) from error
+    log.warning("%s: cannot be read (%s); passed over", where, type(error).__name__)
