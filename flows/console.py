@@ -26,6 +26,8 @@ from rich.text import Text
 from tasks import machine
 from tasks.training.metrics import in_words
 
+WIDE = 150  # columns of a terminal that has room for a bar of 40 and a whole report
+ROOM = 68  # columns beside the report that label, a bar of 12, steps, rate and times take
 PIPED_COLUMNS = 200  # a pipe has no width; Rich would fold at 80
 
 out = Console(width=None if sys.stdout.isatty() else PIPED_COLUMNS)
@@ -66,7 +68,8 @@ def _bar(label: str, total: int | None, unit: str) -> Iterator[Callable[[int], N
     amount: list[ProgressColumn] = (
         [DownloadColumn(), TransferSpeedColumn()] if unit == "B" else [MofNCompleteColumn(), _Rate(unit)]
     )
-    columns = [TextColumn("{task.description:<12}"), BarColumn(), *amount, TimeElapsedColumn(), TimeRemainingColumn()]
+    bar_columns = BarColumn(40 if err.width >= WIDE else 12)
+    columns = [TextColumn("{task.description:<12}"), bar_columns, *amount, TimeElapsedColumn(), TimeRemainingColumn()]
     with Progress(*columns, TextColumn("{task.fields[report]}"), console=err, transient=True) as progress:
         task = progress.add_task(label, total=total, report="")
         _shown[label] = progress, task
@@ -79,7 +82,15 @@ def _bar(label: str, total: int | None, unit: str) -> Iterator[Callable[[int], N
 def _show_report(report: dict[str, Any]) -> None:
     if "loss" in report and (found := _shown.get(report["kind"])):
         progress, task = found
-        progress.update(task, report=in_words(report))
+        progress.update(task, report=cut(in_words(report), err.width - (ROOM if err.width < WIDE else ROOM + 28)))
+
+
+def cut(report: str, width: int) -> str:
+    """The first parts of a report that ``width`` characters have room for: a bar that breaks over two lines is none."""
+    parts = report.split(", ")
+    while len(parts) > 1 and len(", ".join(parts)) > width:
+        parts.pop()
+    return ", ".join(parts) if len(parts[0]) <= width else ""
 
 
 class _Rate(ProgressColumn):

@@ -76,7 +76,7 @@ def croissant(store: ArtifactStore, artifact: Artifact, *, name: str | None = No
     Raises UserError for an artifact that is no part of the corpus.
     """
     if artifact.kind not in CORPUS_KINDS:
-        raise UserError(f"{artifact.ref}: a {artifact.kind} is no part of the corpus; kinds are {', '.join(CORPUS_KINDS)}")
+        raise UserError(f"{artifact.short}: a {artifact.kind} is no part of the corpus; kinds are {', '.join(CORPUS_KINDS)}")
     record = record_of(artifact.manifest)
     unkeyed = record.produced_by.get("unkeyed", {})
     files = list(_files(store, artifact))

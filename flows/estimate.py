@@ -2,10 +2,12 @@
 
 Reads   manifests: num_bytes, stats, produced_by (seconds, peak_rss_bytes, scratch_bytes, num_bytes_built)
 
-A stage of the corpus grows with the bytes that it reads; training with rows, block_size and parameters. Nothing is
-estimated where the store holds no artifact of the kind.
+A stage of the corpus grows with the bytes that it reads, documents to max_documents and a tokenizer's training to max_bytes;
+training with rows, block_size and parameters. An evaluation and a report are of one size. Nothing is estimated where the store
+holds no artifact of the kind.
 """
 
+import math
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass
@@ -14,8 +16,10 @@ from typing import Any
 
 from flows.dag import Node
 from tasks.corpus.archive import ArchiveSpec
+from tasks.corpus.documents import DocumentsSpec
 from tasks.corpus.fetch import ask
 from tasks.corpus.sources import resolve
+from tasks.corpus.tokenizer import TokenizerSpec
 from tasks.errors import SeqmillError
 from tasks.machine import Machine
 from tasks.schemas import SPLITS
@@ -24,6 +28,7 @@ from tasks.store.records import Record, Records
 from tasks.training.optimization import OptimizationSpec
 
 MODEL_KINDS = ("pretrained", "finetuned")
+ONE_SIZE = ("evaluation", "gate", "report")  # figures, plots and samples, of however many tokens
 SIZES = (
     "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "intermediate_size", "vocab_size",
 )  # fmt: skip
@@ -67,7 +72,10 @@ def estimate(
     if nearest is None:
         return Estimate(published_bytes, None, None, None, published_bytes, None, None) if published_bytes else None
     larger = published_bytes / max(nearest.num_bytes, 1) if published_bytes else input_scale(nearest, inputs, records)
-    work, weight = larger, larger
+    larger = min(larger, document_scale(node.spec, nearest))
+    work, weight = larger, 1.0 if node.kind in ONE_SIZE else larger
+    if isinstance(node.spec, TokenizerSpec):
+        work, weight = tokenizer_scale(node.spec, nearest, records, larger)
     if isinstance(node.spec, OptimizationSpec):
         weight = parameter_scale(node, nearest)
         work = training_scale(node.spec, nearest, inputs, records, larger) * weight
@@ -101,12 +109,30 @@ def num_tokens(record: Record) -> int | None:
 
 
 def input_scale(nearest: Record, inputs: Mapping[str, Given], records: Records) -> float:
-    """How many times the bytes that the nearest artifact was made from; 1 where either is not known."""
-    before = [record.num_bytes if (record := records.input_of(nearest, name)) else None for name in inputs]
-    after = [given.num_bytes for given in inputs.values()]
-    if not inputs or None in before or None in after:
+    """How many times the bytes that the nearest artifact was made from; 1 where either is not known. A tokenizer only reads."""
+    read = {name: given for name, given in inputs.items() if name != "tokenizer"}
+    before = [record.num_bytes if (record := records.input_of(nearest, name)) else None for name in read]
+    after = [given.num_bytes for given in read.values()]
+    if not read or None in before or None in after:
         return 1.0
     return sum(filter(None, after)) / max(sum(filter(None, before)), 1)
+
+
+def document_scale(spec: Spec, nearest: Record) -> float:
+    """How many times the documents, at most; no bound where the spec has none."""
+    before = nearest.stats.get("num_documents")
+    most = spec.max_documents if isinstance(spec, DocumentsSpec) else None
+    return most / before if most and before else math.inf
+
+
+def tokenizer_scale(spec: TokenizerSpec, nearest: Record, records: Records, larger: float) -> tuple[float, float]:
+    """How many times the text that a tokenizer is trained on, and the tokens that it has; 1 where either is not known."""
+    documents, before = records.input_of(nearest, "documents"), nearest.identity["spec"].get("train")
+    if spec.train is None or not before or documents is None:
+        return 1.0, 1.0
+    text = documents.stats["train"]["num_bytes"]
+    work = min(text * larger, spec.train.max_bytes) / max(min(text, before["max_bytes"]), 1)
+    return work, spec.train.vocab_size / before["vocab_size"]
 
 
 def training_scale(
@@ -144,17 +170,14 @@ def config_parameters(config: Mapping[str, Any]) -> int:
     return int(embeddings + layers * (attention + mlp))
 
 
-def published(node: Node, machine: Machine) -> int | None:
-    """The size of the bytes that a node takes from outside, where that can be known now."""
+def published(spec: Spec, machine: Machine) -> int | None:
+    """The size of the bytes that an archive's URL names; None where it cannot be known now, and of what is no archive."""
     with suppress(SeqmillError):
-        return published_num_bytes(node.spec, machine) if isinstance(node.spec, ArchiveSpec) else None
+        if isinstance(spec, ArchiveSpec):
+            where = resolve(spec.url, machine.endpoints)
+            return _local_bytes(where) if isinstance(where, Path) else ask(where).num_bytes
     return None
 
 
-def published_num_bytes(spec: Spec, machine: Machine) -> int | None:
-    """The size of what an archive's URL names; None where its server does not tell. May raise SourceError."""
-    assert isinstance(spec, ArchiveSpec)
-    where = resolve(spec.url, machine.endpoints)
-    if isinstance(where, Path):
-        return where.stat().st_size if where.is_file() else None
-    return ask(where).num_bytes
+def _local_bytes(path: Path) -> int | None:
+    return path.stat().st_size if path.is_file() else None

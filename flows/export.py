@@ -39,7 +39,7 @@ def export_model(store: ArtifactStore, machine: Machine, artifact: Artifact, tar
     folders_of(store, artifact)  # is it a model, and is its base there
     is_adapter = artifact.has_file(ADAPTER_CONFIG)
     if merged and not is_adapter:
-        raise UserError(f"{artifact.ref}: no adapter, so there is nothing to merge; leave --merged out")
+        raise UserError(f"{artifact.short}: no adapter, so there is nothing to merge; leave --merged out")
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}-") as scratch:
         folder = Path(scratch) / "model"
@@ -74,7 +74,7 @@ def write_merged(store: ArtifactStore, machine: Machine, adapter: Artifact, fold
     else:
         method = adapter.spec.get("method", "lora")
         if method not in MERGEABLE:
-            raise UserError(f"{adapter.ref}: an adapter of method {method} cannot be merged; leave --merged out")
+            raise UserError(f"{adapter.short}: an adapter of method {method} cannot be merged; leave --merged out")
         for entry in adapter.manifest.files:
             if "/" not in entry.name and not entry.name.startswith("adapter_"):
                 shutil.copyfile(adapter.file(entry.name), folder / entry.name)
@@ -100,7 +100,7 @@ def name_base(store: ArtifactStore, adapter: Artifact, folder: Path) -> None:
     try:
         fields = orjson.loads(path.read_bytes())
     except orjson.JSONDecodeError as error:
-        raise StoreError(f"{adapter.ref}: {ADAPTER_CONFIG} cannot be read ({error}); verify the store") from error
+        raise StoreError(f"{adapter.short}: {ADAPTER_CONFIG} cannot be read ({error}); verify the store") from error
     base = base_of(store, adapter)
     commit = hub_commit(base)
     # Its name on the hub where it came from there, and at which commit; else its folder in the store.

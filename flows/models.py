@@ -34,14 +34,27 @@ def load(store: ArtifactStore, artifact: Artifact) -> "LanguageModel":
 
 
 def folders_of(store: ArtifactStore, artifact: Artifact) -> tuple[Path, Path | None]:
-    """The model folder that a model consists of, and the PEFT folder on it."""
+    """The model folder that a model consists of, and the PEFT folder on it; as long as this process lives, none is collected.
+
+    Raises StoreError where they are not whole.
+    """
     from tasks.training.adapter import adapted_folders
 
     if artifact.kind == "adapter":
-        return adapted_folders(base_of(store, artifact), artifact)
+        return adapted_folders(_in_use(store, base_of(store, artifact)), _in_use(store, artifact))
     if artifact.kind not in MODELS:
-        raise RefError(f"{artifact.ref}: not a model; name an artifact of kind {', '.join(MODELS)} or adapter")
-    return artifact.path, None
+        raise RefError(f"{artifact.short}: not a model; name an artifact of kind {', '.join(MODELS)} or adapter")
+    return _in_use(store, artifact).path, None
+
+
+def _in_use(store: ArtifactStore, artifact: Artifact) -> Artifact:
+    """The artifact as a find gives it, which takes this process's lease: `seqmill gc` leaves what was found since."""
+    found = store.find(artifact.kind, artifact.key)
+    if found is None:
+        raise StoreError(
+            f"{artifact.short}: damaged, or collected just now; `seqmill verify {artifact.kind}` tells, a run rebuilds it"
+        )
+    return found
 
 
 def base_of(store: ArtifactStore, adapter: Artifact) -> Artifact:
@@ -51,4 +64,4 @@ def base_of(store: ArtifactStore, adapter: Artifact) -> Artifact:
         for artifact in store.artifacts(kind):
             if artifact.content == content:
                 return artifact
-    raise StoreError(f"{adapter.ref}: its base (content {content[:12]}) is not in the store; run its recipe again")
+    raise StoreError(f"{adapter.short}: its base (content {content[:12]}) is not in the store; run its recipe again")

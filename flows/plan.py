@@ -3,13 +3,17 @@
 import logging
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 from flows.dag import Node
 from flows.estimate import Estimate, Given, estimate, num_tokens, published
+from tasks.corpus.archive import ArchiveSpec
+from tasks.corpus.fetch import asking_once
+from tasks.corpus.sources import resolve
 from tasks.errors import SeqmillError
 from tasks.machine import Machine
-from tasks.store import Artifact, ArtifactStore, Digest, digest_json
+from tasks.store import Artifact, ArtifactStore, Digest, Spec, digest_json
 from tasks.store.reason import absent, listed, name_of, nearest_to, of_kind, own_changes, reason_for
 from tasks.store.reason import differences as differences_of
 from tasks.store.records import Record, Records, record_of
@@ -23,6 +27,7 @@ class Step:
 
     status: "found"; "build"; "unknown" where an input is not built, and may come out as it was. causes: the reason as what
     is made from the artifact tells it. nearest: the artifact that ``reason`` and ``estimate`` are told against.
+    published_bytes: of an archive that is to be had, where that is known.
     """
 
     node: Node
@@ -33,6 +38,7 @@ class Step:
     causes: tuple[str, ...] = ()
     nearest: Record | None = None
     estimate: Estimate | None = None
+    published_bytes: int | None = None
 
     def row(self) -> dict[str, Any]:
         """The row of ``seqmill plan --json``."""
@@ -56,17 +62,19 @@ class Step:
 
 
 def plan(nodes: Iterable[Node], store: ArtifactStore, machine: Machine) -> list[Step]:
-    """One step a node, in order. Builds nothing and takes no lock; may ask a server what its file is now."""
+    """One step a node, in order. Builds nothing and takes no lock; may ask a server what its file is now, and waits for none."""
     steps: dict[str, Step] = {}
     store.learn()
     records = Records(store.root)
-    for node in nodes:
-        inputs = {name: steps[source] for name, source in node.inputs.items()}
-        step = _step(node, inputs, store, machine, records)
-        if step.status != "found":
-            given = {name: other.given() for name, other in inputs.items()}
-            step = replace(step, estimate=estimate(node, step.nearest, given, records, published(node, machine)))
-        steps[node.name] = step
+    with asking_once():
+        for node in nodes:
+            inputs = {name: steps[source] for name, source in node.inputs.items()}
+            step = _step(node, inputs, store, machine, records)
+            if step.status != "found":
+                given = {name: other.given() for name, other in inputs.items()}
+                num_bytes = published(node.spec, machine)
+                step = replace(step, estimate=estimate(node, step.nearest, given, records, num_bytes), published_bytes=num_bytes)
+            steps[node.name] = step
     return list(steps.values())
 
 
@@ -87,9 +95,22 @@ def _step(node: Node, inputs: Mapping[str, Step], store: ArtifactStore, machine:
     if artifact:
         return Step(node, key, "found", "whole in the store", artifact)
     made_from = {name: record_of(artifact.manifest) for name, artifact in found.items()}
+    if missing := _missing(node.spec, machine, records):
+        return Step(node, key, "unknown", missing, None, (f"{node.name}: {missing}",))
     url = getattr(node.spec, "url", None)
     why = reason_for(identity, made_from, records, recipe=machine.recipe, url=url)
     return Step(node, key, "build", why.text, None, why.causes, why.nearest)
+
+
+def _missing(spec: Spec, machine: Machine, records: Records) -> str | None:
+    """Of an archive whose file is not here, and whose bytes the store has under no other name: what to do."""
+    where = resolve(spec.url, machine.endpoints) if isinstance(spec, ArchiveSpec) else None
+    if not isinstance(spec, ArchiveSpec) or not isinstance(where, Path) or where.is_file():
+        return None
+    stated = {name: value for name in ("sha256", "md5") if (value := getattr(spec, name))}
+    if any(all(record.stats.get(name) == value for name, value in stated.items()) for record in records.of_kind("archive")):
+        return None
+    return f"{where}: no such file; check the path {spec.url}, which is relative to the current directory"
 
 
 def _waiting(node: Node, inputs: Mapping[str, Step], identity: dict[str, Any], machine: Machine, records: Records) -> Step:

@@ -54,7 +54,7 @@ def as_task(stage: Stage[Any], publish: Callable[[Artifact], None] | None = None
         artifact = stage(store, replace(machine, progress=live.progress, on_metrics=live.hear, runner=runner), spec, **inputs)
         if publish:
             shown(artifact, publish)
-        return _ended([artifact], artifact, f"{artifact.ref}, {artifact.num_bytes} bytes")
+        return _ended([artifact], artifact, f"{artifact.short}, {artifact.num_bytes} bytes")
 
     return run
 
@@ -64,7 +64,7 @@ def shown(artifact: Artifact, publish: Callable[[Artifact], None]) -> None:
     try:
         publish(artifact)
     except Exception as error:
-        log.warning("%s: not shown in the Prefect UI: %s: %s", artifact.ref, type(error).__name__, error)
+        log.warning("%s: not shown in the Prefect UI: %s: %s", artifact.short, type(error).__name__, error)
 
 
 def in_groups(machine: Machine, progress: Progress, recipe: str) -> ShardRunner:
@@ -116,29 +116,29 @@ def _ended(artifacts: list[Artifact], data: Any, message: str) -> State[Any]:
 
 def publish_corpus(artifact: Artifact) -> None:
     """Show documents, tokens, blocks or examples in the Prefect UI: facts and plots as markdown, ledger and shards as tables."""
-    create_markdown_artifact(key=artifact.kind, markdown=shown_markdown(artifact), description=artifact.ref)
+    create_markdown_artifact(key=artifact.kind, markdown=shown_markdown(artifact), description=artifact.short)
     for name, rows in shown_tables(artifact).items():
-        create_table_artifact(key=name, table=rows, description=f"{name} of {artifact.ref}")
+        create_table_artifact(key=name, table=rows, description=f"{name} of {artifact.short}")
 
 
 def publish_training(model: Artifact) -> None:
     """Show a trained model in the Prefect UI: its facts and curves."""
-    create_markdown_artifact(key=model.kind, markdown=training_markdown(model), description=model.ref)
+    create_markdown_artifact(key=model.kind, markdown=training_markdown(model), description=model.short)
 
 
 def publish_evaluation(evaluation: Artifact) -> None:
     """Show an evaluation in the Prefect UI: what the model scores, and what it says."""
     for name, rows in evaluation_tables(evaluation).items():
-        create_table_artifact(key=name, table=rows, description=f"{name} of {evaluation.ref}")
+        create_table_artifact(key=name, table=rows, description=f"{name} of {evaluation.short}")
 
 
 def publish_report(report: Artifact) -> None:
     """Show a report in the Prefect UI: its page as a link, its short version with its main plots, its tables as tables."""
     page = report.file("report.html")
-    create_link_artifact(key="report-page", link=page.as_uri(), link_text=str(page), description=report.ref)
-    create_markdown_artifact(key="report", markdown=prefect_markdown(report), description=report.ref)
+    create_link_artifact(key="report-page", link=page.as_uri(), link_text=str(page), description=report.short)
+    create_markdown_artifact(key="report", markdown=prefect_markdown(report), description=report.short)
     for name, rows in prefect_tables(report).items():
-        create_table_artifact(key=name, table=rows, description=f"{name} of {report.ref}")
+        create_table_artifact(key=name, table=rows, description=f"{name} of {report.short}")
 
 
 def publish_run(recipe: str, rows: Sequence[Mapping[str, Any]]) -> None:

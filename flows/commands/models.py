@@ -78,11 +78,11 @@ def chat(
     loaded = load(artifacts, artifact)
     if not loaded.has_chat_template:
         raise RefError(
-            f"{artifact.ref}: its tokenizer has no chat template; name a finetuned model, or give seqmill generate a text to go "
-            "on from"
+            f"{artifact.short}: its tokenizer has no chat template; name a finetuned model, or give seqmill generate a text to "
+            "go on from"
         )
     talk = Talk(loaded, system)
-    err.print(f"[dim]{artifact.ref}   /reset forgets all, Ctrl-D ends[/dim]", soft_wrap=True)
+    err.print(f"[dim]{artifact.short}   /reset forgets all, Ctrl-D ends[/dim]", soft_wrap=True)
     sampling = {"max_new_tokens": max_new_tokens, "temperature": temperature, "top_p": top_p, "seed": seed}
     for line in typed_lines():
         if line == "/reset":
@@ -150,7 +150,7 @@ def export(
     if as_json:
         print_json({"ref": artifact.ref, "path": str(written), "files": sorted(path.name for path in written.iterdir())})
     else:
-        out.print(f"{artifact.ref} in {written}", soft_wrap=True)
+        out.print(f"{artifact.short} in {written}", soft_wrap=True)
 
 
 @commands.command()

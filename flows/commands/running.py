@@ -60,7 +60,7 @@ def run(
     loaded = load_recipe(recipe, changes := parse_overrides(overrides or []))
     nodes, machine, artifacts = _nodes(loaded, until), replace(settings.machine(), recipe=loaded.name), settings.open_store()
     check_ranks(nodes, machine)
-    check_space(loaded, steps := plan(nodes, artifacts, machine), artifacts, machine)
+    check_space(loaded, steps := plan(nodes, artifacts, machine), artifacts)
     export_settings(settings)
     with prefect_server(settings, verbose=verbose) as url:
         from flows.everything import everything_flow
@@ -109,8 +109,8 @@ def plan(
     )
     if memory:
         print_table(HEADER, [table_row(name, row) for name, row in memory.items()])
-    needed = check_space(loaded, steps, artifacts, machine)
-    out.print(f"about {needed / 1e9:.2f} GB to be written to {artifacts.root}")
+    space = check_space(loaded, steps, artifacts)
+    out.print(f"{artifacts.root}: {space.told()}", soft_wrap=True, highlight=False)
 
 
 @commands.command("demo-data")

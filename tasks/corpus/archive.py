@@ -107,7 +107,7 @@ def build_archive(work: Work, spec: ArchiveSpec) -> Built:
     expected = _expected(work.source, spec)
     if adopted := _adopt(work.store, expected, target):
         stats = adopted.stats
-        log.info("%s: the bytes are in the store as %s", spec.url, adopted.ref)
+        log.info("%s: the bytes are in the store as %s", spec.url, adopted.short)
         return Built(stats, digests={ARCHIVE_NAME: Digest(stats["sha256"])}, produced_by={"adopted": adopted.ref})
     where = resolve(spec.url, work.machine.endpoints)
     if isinstance(where, Path):
@@ -143,7 +143,7 @@ def _adopt(store: ArtifactStore, expected: dict[str, str], target: Path) -> Arti
             continue
         source = artifact.file(ARCHIVE_NAME)
         if digest_file(source) != artifact.stats["sha256"]:
-            log.warning("%s: has another digest than its manifest says; not used", artifact.ref)
+            log.warning("%s: has another digest than its manifest says; not used", artifact.short)
             continue
         target.unlink(missing_ok=True)
         try:

@@ -50,11 +50,11 @@ def build_blocks(work: Work, spec: BlocksSpec, tokens: Artifact) -> Built:
         splits[split] = _pack_tails(work.folder / f"{split}-tail.arrow", shards, spec.block_size)
     if splits["train"]["num_blocks"] == 0:
         raise CorpusError(
-            f"{tokens.ref}: the train split has {splits['train']['num_tokens']} tokens, fewer than one block of "
+            f"{tokens.short}: the train split has {splits['train']['num_tokens']} tokens, fewer than one block of "
             f"{spec.block_size}; take more documents or set a smaller blocks.block_size"
         )
     if splits["validation"]["num_tokens"] and not splits["validation"]["num_blocks"]:
-        log.warning("%s: the validation split has fewer tokens than one block of %d", tokens.ref, spec.block_size)
+        log.warning("%s: the validation split has fewer tokens than one block of %d", tokens.short, spec.block_size)
     told = {name: tokens.stats[name] for name in ("vocab_size", "end_of_document_id")}
     return Built(
         stats={"block_size": spec.block_size, **told, **splits},

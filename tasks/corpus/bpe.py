@@ -78,11 +78,14 @@ def train(work: Work, spec: TokenizerTrainingSpec, documents: Artifact) -> None:
         show_progress=False,
     )
     total = documents.stats["train"]["num_bytes"]
+    text = min(total, spec.max_bytes) / 1e6
+    # Its trainer tells of no progress once it has read the text.
+    log.info("tokenizer: learns %d tokens from %.1f MB of text; some %.0f s on one core", spec.vocab_size, text, 2 * text + 1)
     with work.machine.progress("tokenizer", min(total, spec.max_bytes), "B") as advance:
         tokenizer.train_from_iterator(_sample(work, documents, spec.max_bytes / max(total, 1), advance), trainer)
     if tokenizer.get_vocab_size() < spec.vocab_size:
         found = tokenizer.get_vocab_size()
-        log.warning("%s: only %d of %d tokens could be learned from %d bytes", documents.ref, found, spec.vocab_size, total)
+        log.warning("%s: only %d of %d tokens could be learned from %d bytes", documents.short, found, spec.vocab_size, total)
     # Its own save raises a bare Exception where the disk is full.
     (work.folder / "tokenizer.json").write_text(tokenizer.to_str(pretty=True), encoding="utf-8")
     (work.folder / "tokenizer_config.json").write_text(json.dumps(CONFIG, indent=2) + "\n")

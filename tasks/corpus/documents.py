@@ -152,7 +152,7 @@ def _by_many_readers(work: Work, spec: DocumentsSpec, archive: Artifact) -> Buil
         try:
             read_ranges(work, plan, archive, stitcher)
         except RangeError as error:
-            log.warning("%s: read in ranges, %s; one reader begins anew", archive.ref, error)
+            log.warning("%s: read in ranges, %s; one reader begins anew", archive.short, error)
             return None
     return _finished(work, spec, path, ledger, write_shards(work, stitcher))
 

@@ -12,7 +12,8 @@ import shutil
 import ssl
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from contextvars import ContextVar
+from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
 from typing import TypeVar
@@ -33,11 +34,12 @@ NO_TOKENS: Mapping[str, str] = {}
 # Seconds between tries that bring no new byte; a try that brings some starts the row again. Two minutes in all.
 RETRY_WAITS_SECONDS: tuple[float, ...] = (1, 2, 4, 8, 15, 30, 60)
 
-# Of these, the first few for a question about a file: a plan is not to wait for minutes on a machine without a network.
+# Of these, the first few for a question about a file.
 NUM_ASK_WAITS = 3
 
 # A server that says nothing for a minute has forgotten us.
 TIMEOUT = httpx.Timeout(60, connect=20)
+ASK_TIMEOUT = httpx.Timeout(15, connect=5)  # of a plan
 
 # What a later try may find mended; every other 4xx stays as it is.
 PASSING_STATUS = (408, 425, 429)
@@ -126,14 +128,56 @@ class _DroppedError(Exception):
 
 def ask(url: str, tokens: Mapping[str, str] = NO_TOKENS) -> Remote:
     """Ask a server for a file's validator and size. Raises SourceError where it cannot be had."""
+    answers, host = _answers.get(), urlsplit(url).netloc
+    if answers is None:
+        return _ask(url, tokens, RETRY_WAITS_SECONDS[:NUM_ASK_WAITS])
+    if host in answers.away:
+        raise _unanswered(url, f"{host} did not answer a moment ago")
+    if url not in answers.told:
+        try:
+            answers.told[url] = _ask(url, tokens, ())
+        except SourceError as error:
+            if isinstance(error.__cause__, _DroppedError):
+                answers.away.add(host)
+            raise
+    return answers.told[url]
+
+
+@dataclass
+class _Answers:
+    """What servers have said of files, and the hosts that said nothing."""
+
+    told: dict[str, Remote] = field(default_factory=dict)
+    away: set[str] = field(default_factory=set)
+
+
+_answers: ContextVar[_Answers | None] = ContextVar("answers", default=None)
+
+
+@contextlib.contextmanager
+def asking_once() -> Iterator[None]:
+    """Within, ``ask`` tries once for a file, and not at all at a host that did not answer: who plans is not to wait for it."""
+    token = _answers.set(_Answers())
+    try:
+        yield
+    finally:
+        _answers.reset(token)
+
+
+def _ask(url: str, tokens: Mapping[str, str], waits_seconds: tuple[float, ...]) -> Remote:
     headers = _authorization(url, tokens)
     try:
-        return _retried(url, lambda: _ask_once(url, headers), lambda: 0, time.sleep, RETRY_WAITS_SECONDS[:NUM_ASK_WAITS])
+        return _retried(url, lambda: _ask_once(url, headers), lambda: 0, time.sleep, waits_seconds)
     except _DroppedError as dropped:
-        raise SourceError(
-            f"{url}: {dropped}, {NUM_ASK_WAITS + 1} tries in a row; "
-            "run again later, or state the file's sha256 in the recipe: then an archive in the store needs no server"
+        raise _unanswered(
+            url, f"{dropped}, {len(waits_seconds) + 1} tries in a row" if waits_seconds else str(dropped)
         ) from dropped
+
+
+def _unanswered(url: str, what: str) -> SourceError:
+    return SourceError(
+        f"{url}: {what}; run again later, or state the file's sha256 in the recipe: then an archive in the store needs no server"
+    )
 
 
 def fetch(
@@ -293,7 +337,9 @@ def _answer(method: str, url: str, headers: dict[str, str]) -> Iterator[httpx.Re
     # identity: the bytes as published, not packed once more for the way.
     with (
         _dropped(),
-        httpx.Client(follow_redirects=True, timeout=TIMEOUT, verify=_certificates()) as client,
+        httpx.Client(
+            follow_redirects=True, timeout=TIMEOUT if _answers.get() is None else ASK_TIMEOUT, verify=_certificates()
+        ) as client,
         client.stream(method, url, headers={"Accept-Encoding": "identity", **headers}) as answer,
     ):
         yield answer

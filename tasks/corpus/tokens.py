@@ -76,7 +76,7 @@ def end_of_document_id(spec: TokensSpec, tokenizer: Artifact) -> int:
     found = _vocabulary(tokenizer.file(TOKENIZER_JSON), tokenizer.content).ids.get(spec.end_of_document)
     if found is None:
         raise CorpusError(
-            f"{tokenizer.ref}: no token {spec.end_of_document!r} to close documents with; its special tokens are "
+            f"{tokenizer.short}: no token {spec.end_of_document!r} to close documents with; its special tokens are "
             f"{', '.join(special) or 'none'}: set tokens.end_of_document to one of its tokens"
         )
     return found

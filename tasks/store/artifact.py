@@ -113,6 +113,11 @@ class Artifact:
         return f"{self.kind}/{self.key}"
 
     @property
+    def short(self) -> str:
+        """The reference as a line has room for it; every command takes it so, too."""
+        return f"{self.kind}/{self.key[:12]}"
+
+    @property
     def num_bytes(self) -> int:
         """Bytes of its own files and of the shards it lists."""
         files = sum(entry.num_bytes for entry in self.manifest.files)
@@ -134,7 +139,7 @@ class Artifact:
             if entry.name == name:
                 return entry
         raise StoreError(
-            f"{self.ref}: no file {name} in its manifest; it has {', '.join(entry.name for entry in self.manifest.files)}"
+            f"{self.short}: no file {name} in its manifest; it has {', '.join(entry.name for entry in self.manifest.files)}"
         )
 
     def has_file(self, name: str) -> bool:

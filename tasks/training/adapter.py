@@ -168,7 +168,7 @@ def check_base(base: Artifact, adapter: Artifact) -> None:
     trained_on = adapter.stats.get("base_content")
     if trained_on is not None and trained_on != base.content:
         raise RecipeError(
-            f"{adapter.ref}: trained on a base of content {trained_on[:12]}, {base.ref} has {base.content[:12]}; "
+            f"{adapter.short}: trained on a base of content {trained_on[:12]}, {base.short} has {base.content[:12]}; "
             "give the base that it was trained on, or train it anew"
         )
 

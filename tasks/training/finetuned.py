@@ -14,7 +14,7 @@ import orjson
 
 from tasks.errors import RecipeError
 from tasks.store import Artifact, ArtifactStore, Built, Work, stage
-from tasks.training.model import check_fits, read_config
+from tasks.training.model import check_fits, read_config, vocab_size_of
 from tasks.training.optimization import OptimizationSpec
 from tasks.training.run import Rows, Start, train
 
@@ -57,7 +57,7 @@ def base_model(base: Artifact, examples: Artifact, where: str, adapter: dict[str
         config=None,
         folder=base.path,
         attention="sdpa",
-        vocab_size=config["vocab_size"],
+        vocab_size=vocab_size_of(config, where),
         adapter=adapter,
         generation=generation_fields(base.path, examples.stats.get("end_markers", {}).values()),
     )
@@ -78,7 +78,7 @@ def check_tokenizer(store: ArtifactStore, model: Artifact, rows: Artifact, where
         return
     if made.entry(TOKENIZER_JSON).digest != model.entry(TOKENIZER_JSON).digest:
         raise RecipeError(
-            f"{where}: {rows.ref} was made with {made.ref}, which is not the tokenizer of {model.ref}; "
+            f"{where}: {rows.short} was made with {made.short}, which is not the tokenizer of {model.short}; "
             "leave the recipe's section tokenizer out, or name the model's own"
         )
 

@@ -62,10 +62,10 @@ class GateSpec(Spec):
 @stage("gate", revision=1)
 def build_gate(work: Work, spec: GateSpec, evaluation: Artifact, parent: Artifact | None = None) -> Built:
     """Compare. Raises GateError with every figure that misses its bound."""
-    rows = list(compared(spec, evaluation.stats, parent.stats if parent else {}, evaluation.ref))
+    rows = list(compared(spec, evaluation.stats, parent.stats if parent else {}, evaluation.short))
     if missed := [row for row in rows if not row["holds"]]:
         raise GateError(
-            f"{evaluation.ref}: {'; '.join(map(told, missed))}: "
+            f"{evaluation.short}: {'; '.join(map(told, missed))}: "
             "nothing that stands on this model is made; train it otherwise, or change its gate"
         )
     (work.folder / "gate.json").write_bytes(orjson.dumps(rows, option=orjson.OPT_INDENT_2))

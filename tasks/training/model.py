@@ -120,6 +120,18 @@ def read_config(folder: Path) -> dict[str, Any]:
         raise SourceError(f"{folder}/config.json: cannot be read ({error})") from error
 
 
+def vocab_size_of(config: dict[str, Any], where: str) -> int:
+    """The ids that a model knows, by its config. Raises RecipeError for one that has them in a part, as of text and images."""
+    if isinstance(size := config.get("vocab_size"), int):
+        return size
+    parts = sorted(name for name, part in config.items() if isinstance(part, dict) and "vocab_size" in part)
+    nested = f" but in {', '.join(parts)}" if parts else ""
+    raise RecipeError(
+        f"{where}: the config of its base ({config.get('model_type')}) has no vocab_size{nested}; "
+        "only models of text alone can be trained: take the language model by itself"
+    )
+
+
 def check_fits(config: dict[str, Any], block_size: int, vocab_size: int, where: str) -> None:
     """Raise RecipeError where rows or ids do not fit the model; what the config leaves open is checked by the worker."""
     positions = config.get("max_position_embeddings", config.get("n_positions"))

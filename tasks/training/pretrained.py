@@ -82,7 +82,8 @@ def check_tokenizer(blocks: Artifact, tokenizer: Artifact) -> None:
     made, given = blocks.stats["vocab_size"], tokenizer.stats["vocab_size"]
     if made != given:
         raise RecipeError(
-            f"pretrained: {blocks.ref} was made with {made} ids, {tokenizer.ref} has {given}; give the tokenizer of the blocks"
+            f"pretrained: {blocks.short} was made with {made} ids, {tokenizer.short} has {given}; "
+            "give the tokenizer of the blocks"
         )
 
 

@@ -243,3 +243,16 @@ def test_a_server_that_falls_silent_is_asked_to_go_on(
     url = publish(server, Published(DATA, faults=[("silence", 1000)]))
     assert bytes_of(get(store, url, md5=MD5)) == DATA
     assert [headers.get("range") for _, headers in server.asked("GET")] == [None, "bytes=1000-"]
+
+
+def test_who_plans_asks_once_for_a_file_and_not_again_at_a_host_that_is_away() -> None:
+    with serving() as server:
+        server.files["/a"] = Published(DATA)
+        with fetch.asking_once():
+            assert fetch.ask(server.url("/a")) == fetch.ask(server.url("/a"))
+        assert len(server.requests) == 1
+    with fetch.asking_once():
+        with pytest.raises(SourceError, match=r"/a: .*refused; run again later"):
+            fetch.ask(server.url("/a"))
+        with pytest.raises(SourceError, match=f"/b: 127.0.0.1:{server.port} did not answer a moment ago; run again later"):
+            fetch.ask(server.url("/b"))

@@ -27,6 +27,20 @@ def test_a_report_stands_behind_the_bar_of_its_run_and_a_report_of_another_nowhe
     assert "7.25" not in terminal.getvalue()
 
 
+def test_a_narrow_terminal_has_the_parts_of_a_report_that_fit_beside_its_bar(monkeypatch: pytest.MonkeyPatch) -> None:
+    screen = io.StringIO()
+    monkeypatch.setattr(console, "err", Console(file=screen, force_terminal=True, width=100))
+    told = console.console_reports()
+    assert told
+    with console.console_progress()("pretrained", 350, "steps") as advance:
+        advance(5)
+        told({"kind": "pretrained", "step": 5, "loss": 2.5, "learning_rate": 1e-3, "tokens_per_second": 1234.0})
+    assert "loss 2.5000, learning rate 0.001" in screen.getvalue()
+    assert "tokens/s" not in screen.getvalue()
+    assert "5/350" in screen.getvalue()
+    assert "…" not in screen.getvalue()
+
+
 def test_nothing_is_shown_where_there_is_no_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(console, "err", Console(file=io.StringIO()))
     assert console.console_reports() is None

@@ -12,7 +12,8 @@ from flows.models import folders_of
 from tasks.errors import RefError
 from tasks.machine import Machine
 from tasks.store import ArtifactStore
-from tests.flows.models import FolderSpec, build_untemplated
+from tasks.store.lease import end_lease
+from tests.flows.models import FolderSpec, build_examples, build_untemplated
 
 
 def seqmill(store: ArtifactStore, *arguments: str, typed: str = "") -> Result:
@@ -32,6 +33,18 @@ def test_an_adapter_is_used_on_the_base_that_it_was_trained_on(store: ArtifactSt
     assert folders_of(store, finetuned) == (finetuned.path, None)
     with pytest.raises(RefError, match="not a model; name an artifact of kind finetuned, pretrained, published or adapter"):
         folders_of(store, store.resolve("examples"))
+
+
+def test_a_model_that_is_in_use_is_not_collected(tmp_path: Path) -> None:
+    store = ArtifactStore(tmp_path)
+    model = build_untemplated(store, Machine(), FolderSpec())
+    seqmill(store, "pin", build_examples(store, Machine(), FolderSpec()).ref)
+    end_lease(store.root)
+    gc = ("gc", "--grace", "0", "--json")
+    assert json.loads(seqmill(store, *gc, "--dry-run").stdout)["taken_bytes"] >= model.num_bytes
+    folders_of(store, model)
+    assert json.loads(seqmill(store, *gc).stdout)["taken_bytes"] == 0
+    assert model.path.is_dir()
 
 
 def test_a_chat_answers_every_line_and_the_same_again_once_it_is_reset(store: ArtifactStore) -> None:

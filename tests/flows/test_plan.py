@@ -1,3 +1,4 @@
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -109,6 +110,24 @@ def test_the_seconds_of_a_build_that_found_shards_are_those_of_a_whole_one() -> 
     assert whole_seconds(replace(record, produced_by={**told, "num_bytes_built": 0})) is None
 
 
+def test_documents_that_are_counted_and_a_tokenizer_of_a_sample_do_not_grow_with_the_corpus(here: Path, tmp_path: Path) -> None:
+    store = ArtifactStore(tmp_path / "store")
+    build(here, store)
+    (tmp_path / "corpus.jsonl").write_text(TEXT * 1000)
+    most = store.resolve("documents").stats["num_documents"] // 2
+    num_bytes = store.resolve("documents").stats["train"]["num_bytes"]
+    changes = {"documents.max_documents": most, "tokenizer.train.vocab_size": 270, "tokenizer.train.max_bytes": num_bytes // 4}
+    nodes = nodes_of(load_recipe(str(here), changes))
+    steps = {step.node.name: step for step in plan(nodes, store, Machine())}
+    documents, tokenizer = steps["documents"].estimate, steps["tokenizer"].estimate
+    assert documents
+    assert tokenizer
+    assert documents.num_bytes == pytest.approx(store.resolve("documents").num_bytes / 2, rel=0.02)
+    assert tokenizer.num_bytes == pytest.approx(store.resolve("tokenizer").num_bytes * 270 / 300, abs=1)
+    seconds = record_of(store.resolve("tokenizer").manifest).produced_by["seconds"]
+    assert tokenizer.seconds == pytest.approx(seconds / 4, abs=0.06)
+
+
 def test_training_is_estimated_by_rows_ids_and_parameters(here: Path) -> None:
     config = {"hidden_size": 32, "num_hidden_layers": 1, "vocab_size": 300}
     spec = {"global_batch_size": 2, "model": {"config": {**config, "model_type": "qwen2"}}}
@@ -147,6 +166,38 @@ def test_a_source_that_is_not_there_makes_the_plan_unknown_not_wrong(here: Path,
     assert rows(here, ArtifactStore(tmp_path / "store"))[0][1] == "unknown"
 
 
+def test_a_file_that_is_not_there_is_named_though_its_digest_is_stated(here: Path, tmp_path: Path) -> None:
+    store = ArtifactStore(tmp_path / "store")
+    build(here, store)
+    (name, status, reason), *_ = rows(here, store, {"archive.url": "elsewhere/corpus.jsonl", "archive.sha256": "0" * 64})
+    assert (name, status) == ("archive", "unknown")
+    assert reason == (
+        f"{tmp_path}/elsewhere/corpus.jsonl: no such file; "
+        "check the path elsewhere/corpus.jsonl, which is relative to the current directory"
+    )
+    known = store.resolve("archive").stats["sha256"]
+    assert rows(here, store, {"archive.url": "elsewhere/corpus.jsonl", "archive.sha256": known})[0][1] == "found"
+
+
+def test_what_a_plan_does_not_know_of_the_disk_is_said_with_the_rest(here: Path, tmp_path: Path) -> None:
+    recipe = load_recipe(str(here), {"archive.url": "http://127.0.0.1:1/corpus.jsonl"})
+    store = ArtifactStore(tmp_path / "store")
+    began = time.monotonic()
+    space = check_space(recipe, plan(nodes_of(recipe), store, Machine()), store)
+    assert time.monotonic() - began < 5
+    assert space.unknown == ("archive", "documents", "tokens", "blocks")
+    assert set(space.needed) == {"tokenizer", "pretrained", "report"}
+    assert space.told().startswith("about ")
+    assert space.told().endswith(
+        "to be written; by rules of thumb, for the store has no run of such a recipe to go by; "
+        "without archive, documents, tokens, blocks: how large the source is cannot be known now"
+    )
+    counted = load_recipe(str(here), {"archive.url": "http://127.0.0.1:1/corpus.jsonl", "documents.max_documents": 9000})
+    known = check_space(counted, plan(nodes_of(counted), store, Machine()), store)
+    assert known.unknown == ("archive",)
+    assert known.needed["documents"] == 9000 * 4000 / 4.5 * 1.2
+
+
 def test_too_little_disk_is_said_before_anything_starts(here: Path, tmp_path: Path) -> None:
     store = ArtifactStore(tmp_path / "store")
     huge = tmp_path / "huge.jsonl"
@@ -155,7 +206,7 @@ def test_too_little_disk_is_said_before_anything_starts(here: Path, tmp_path: Pa
     recipe = load_recipe(str(here), {"archive.url": str(huge), "archive.sha256": "0" * 64})
     steps = plan(nodes_of(recipe), store, Machine())
     with pytest.raises(DiskSpaceError, match=r"GB free, the plan needs about .* name another store with --store") as raised:
-        check_space(recipe, steps, store, Machine())
+        check_space(recipe, steps, store)
     assert raised.value.exit_code == 1
 
 

@@ -7,7 +7,7 @@ import pytest
 from starlette.testclient import TestClient
 
 from flows.models import load
-from flows.web import Asked, chat_page
+from flows.web import Asked, chat_page, rendered
 from tasks.store import ArtifactStore
 
 
@@ -31,6 +31,13 @@ def test_the_page_names_every_model_and_asks_no_other_host(client: TestClient) -
     assert "http://" not in page.text
     assert "https://" not in page.text
     assert "default-src 'self'" in page.headers["content-security-policy"]
+
+
+def test_a_page_of_one_model_speaks_of_one(store: ArtifactStore) -> None:
+    artifact = store.resolve("finetuned")
+    page = rendered([Asked(artifact, load(store, artifact))])
+    assert "Ask it. Enter sends" in page
+    assert "side by side" not in page
 
 
 def test_the_same_question_has_the_same_answer_and_each_model_its_own(client: TestClient) -> None:

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from tasks.errors import RecipeError
-from tasks.training.model import completed_config
+from tasks.training.model import completed_config, vocab_size_of
 from tasks.training.weights import checked_config, compile_layers, new_model
 from tests.training.small_inputs import QWEN
 
@@ -77,3 +77,11 @@ def test_compiled_layers_give_the_same_loss_and_gradients() -> None:
 
     for plain, compiled in zip(trained(is_compiled=False), trained(is_compiled=True), strict=True):
         torch.testing.assert_close(plain, compiled, atol=1e-5, rtol=1e-5)
+
+
+def test_a_model_of_more_than_text_is_refused_with_where_its_vocabulary_is() -> None:
+    assert vocab_size_of({"vocab_size": 300}, "finetuned") == 300
+    config = {"model_type": "qwen2_5_vl", "text_config": {"vocab_size": 300}, "vision_config": {"hidden_size": 8}}
+    told = r"finetuned: the config of its base \(qwen2_5_vl\) has no vocab_size but in text_config; only models of text alone"
+    with pytest.raises(RecipeError, match=told):
+        vocab_size_of(config, "finetuned")
