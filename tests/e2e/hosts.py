@@ -86,11 +86,32 @@ class Many:
             runs.append(str(made["id"]))
         return runs
 
+    def start_many_over_pools(self, number: int) -> list[str]:
+        """Runs of pools-flow, half of one recipe and half of a recipe each; every one ends in a model, on the other pool."""
+        documents = {"shard_bytes": 12288, "validation_fraction": 0.2}  # others than those of the recipe
+        training = {"num_steps": 4, "checkpoint_steps": 4, "evaluation_steps": 4, "logging_steps": 2}
+        runs = []
+        for i in range(number):
+            overrides = {"documents": documents, "pretrained": training, "blocks": {"block_size": 96 if i % 2 else 128 + i}}
+            runs.append(self.up.start("pools-flow", recipe=str(self.up.recipe), overrides=overrides, until="pretrained"))
+        return runs
+
     def built_by(self, run: str) -> list[str]:
         """The references of what a run built itself, as it handed them over."""
+        return [row["Reference"] for row in self.handed_over(run) if row["State"] == "built"]
+
+    def handed_over(self, run: str) -> list[dict[str, str]]:
+        """The table of references that a run handed over, a row a stage."""
         asked = {"flow_runs": {"id": {"any_": [run]}}, "artifacts": {"key": {"any_": ["references"]}}}
         (table,) = self.up.api("/artifacts/filter", asked)
-        return [row["Reference"] for row in json.loads(table["data"]) if row["State"] == "built"]
+        rows: list[dict[str, str]] = json.loads(table["data"])
+        return rows
+
+    def kill(self, run: str) -> None:
+        """SIGKILL to the process that works on a run, and to nothing that it started."""
+        mark = f"PREFECT__FLOW_RUN_ID={run}\0".encode()
+        (pid,) = [pid for pid in self.up.processes("prefect.") if mark in Path(f"/proc/{pid}/environ").read_bytes()]
+        os.kill(pid, signal.SIGKILL)
 
     def has_told_all(self, run: str) -> bool:
         """Whether the server knows how every task ended: it is told by events, which come after the run's own end."""
@@ -145,20 +166,22 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--runs", type=int, default=20)
     parser.add_argument("--database", choices=("postgresql", "sqlite"), default="postgresql")
+    parser.add_argument("--over-pools", action="store_true", help="runs of pools-flow over cpu and gpu; absent: of cpu alone")
     asked = parser.parse_args()
     binaries = postgres_binaries()
     assert binaries or asked.database == "sqlite", "no PostgreSQL: apt-get install postgresql"
     with ExitStack() as stack:
         database = stack.enter_context(postgres(binaries)) if asked.database == "postgresql" and binaries else None
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="seqmill-many-")))
-        many = stack.enter_context(many_hosts(folder, database, {"cpu": asked.runs}))
+        pools = {"cpu": asked.runs, **({"gpu": 2} if asked.over_pools else {})}
+        many = stack.enter_context(many_hosts(folder, database, pools))
         print(told(many, asked.runs, asked.database))
 
 
 def told(many: Many, number: int, database: str) -> str:
     """Start so many runs at once, and say what came of them."""
     began = time.monotonic()
-    runs = many.start_many(number)
+    runs = many.start_many_over_pools(number) if "gpu" in many.hosts else many.start_many(number)
     states = Counter(many.up.end(run) for run in runs)
     seconds = time.monotonic() - began
     built = Counter(ref for run in runs for ref in many.built_by(run))

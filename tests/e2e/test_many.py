@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from signal import SIGKILL
+from typing import Any
 
 import pytest
 
@@ -50,10 +51,10 @@ def command_of(pid: int) -> str:
     return Path(f"/proc/{pid}/cmdline").read_bytes().decode().replace("\0", " ")
 
 
-def training(many: Many, seed: int) -> str:
+def training(many: Many, seed: int, **fields: Any) -> str:
     """Start a longer run over both pools, and wait until it trains and has a checkpoint."""
     before = set(many.hosts["gpu"].checkpoints())
-    overrides = {"pretrained": {**LONG["pretrained"], "seed": seed}}
+    overrides = {"pretrained": {**LONG["pretrained"], "seed": seed, **fields}}
     run = many.up.start("pools-flow", recipe=str(many.up.recipe), overrides=overrides, until="pretrained")
     wait_for(lambda: set(many.hosts["gpu"].checkpoints()) - before)
     return run
@@ -141,6 +142,50 @@ def test_a_machine_that_is_lost_fails_the_run_and_a_retry_goes_on_with_the_next(
     assert_a_retry_goes_on(many, run)
 
 
+def leg_that_trains(many: Many, run: str) -> dict[str, Any]:
+    """The newest leg that a run has on the pool gpu."""
+    return [leg for leg in many.children(run) if leg["work_pool_name"] == "gpu"][-1]
+
+
+def test_a_run_that_is_killed_has_its_legs_cancelled(many: Many) -> None:
+    run = training(many, seed=33, num_steps=20_000)
+    leg = leg_that_trains(many, run)["id"]
+    many.kill(run)
+    assert many.up.end(run) == "Crashed"
+    killed = time.monotonic()
+    wait_for(lambda: many.up.state(leg) == "Cancelled")  # its own engine tells of a crash, before the worker says what for
+    assert time.monotonic() - killed < 120
+    history = many.up.api(f"/flow_run_states/?flow_run_id={leg}", method="GET")
+    assert "the run that started it has ended" in [state["message"] for state in history]
+    wait_for(lambda: not many.up.processes("tasks.training.worker"))
+
+
+def test_a_retry_in_time_takes_over_the_leg_that_is_at_work(many: Many) -> None:
+    run = training(many, seed=34, num_steps=20_000)
+    leg = leg_that_trains(many, run)["id"]
+    many.kill(run)
+    assert many.up.end(run) == "Crashed"
+    time.sleep(15)  # Prefect's worker reports the crash a second time, and would take the new try for the one that crashed
+    many.up.retry(run)
+    wait_for(lambda: many.up.state(run) == "Running")
+    num_cpu_legs = sum(leg["work_pool_name"] == "cpu" for leg in many.children(run))
+    wait_for(lambda: sum(leg["work_pool_name"] == "cpu" for leg in many.children(run)) > num_cpu_legs)
+    assert (leg_that_trains(many, run)["id"], many.up.state(leg)) == (leg, "Running")
+    many.up.prefect("flow-run", "cancel", run)
+    wait_for(lambda: many.up.state(leg) == "Cancelled")  # its own engine tells of a crash, before the worker says what for
+
+
+def test_a_new_run_waits_for_the_leg_of_one_that_was_killed_and_builds_nothing_twice(many: Many) -> None:
+    run = training(many, seed=35)
+    many.kill(run)
+    assert many.up.end(run) == "Crashed"
+    overrides = {"pretrained": {**LONG["pretrained"], "seed": 35}}
+    again = many.up.start("pools-flow", recipe=str(many.up.recipe), overrides=overrides, until="pretrained")
+    assert many.up.end(again) == "Completed"
+    (row,) = [row for row in many.handed_over(again) if row["Stage"] == "pretrained"]
+    assert row["State"] == "found" or resumed_from(many) >= 50
+
+
 def assert_a_retry_goes_on(many: Many, run: str) -> None:
     num_legs = len(many.children(run))
     many.up.retry(run)
@@ -160,3 +205,20 @@ def test_twenty_runs_at_once_are_all_completed_and_no_stage_is_built_twice(many:
     wait_for(lambda: all(many.has_told_all(run) for run in runs))
     kinds = Counter(ref.partition("/")[0] for ref in built)
     assert (kinds["blocks"], kinds["pretrained"]) == (1 + NUM_RUNS // 2, 1)
+
+
+def test_twenty_runs_at_once_over_two_pools_are_all_completed_and_no_stage_is_built_twice(many: Many) -> None:
+    began = time.monotonic()
+    runs = many.start_many_over_pools(NUM_RUNS)
+    states = Counter(many.up.end(run) for run in runs)
+    print(f"{NUM_RUNS} runs at once over two pools: {time.monotonic() - began:.0f} s")
+    assert states == {"Completed": NUM_RUNS}
+    built = [ref for run in runs for ref in many.built_by(run)]
+    assert [ref for ref, times in Counter(built).items() if times > 1] == []
+    kinds = Counter(ref.partition("/")[0] for ref in built)
+    assert (kinds["documents"], kinds["blocks"], kinds["pretrained"]) == (1, 1 + NUM_RUNS // 2, 1 + NUM_RUNS // 2)
+    for run in runs:
+        corpus, training = many.children(run)
+        assert (corpus["work_pool_name"], training["work_pool_name"]) == ("cpu", "gpu")
+        handed_over = {row["Stage"]: row["Reference"] for row in many.handed_over(corpus["id"])}
+        assert training["parameters"]["given"] == {name: handed_over[name] for name in ("blocks", "tokenizer")}
