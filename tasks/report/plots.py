@@ -15,6 +15,7 @@ INK, MUTED, GRID, FIRST, SECOND = "#20242b", "#5d6675", "#dde1e8", "#2563c9", "#
 VARIABLES = {INK: "var(--ink)", MUTED: "var(--muted)", GRID: "var(--grid)", FIRST: "var(--first)", SECOND: "var(--second)"}
 SVG_FONT = re.compile(r"'DejaVu Sans'(, [^;\"]*)?")
 
+MANY_TIMES = 20  # from here on a loss falls so far that on an even axis all but its first steps are one line
 INCHES = (5.6, 3.1)
 THOUSANDS = 1000  # from here on a number is read by its commas
 PNG_DOTS_PER_INCH = 150
@@ -44,6 +45,12 @@ def loss_plot(name: str, title: str, train: Sequence[Point], validation: Sequenc
             axes.plot(*_columns(validation), color=SECOND, linewidth=1.6, marker="o", markersize=3.5, label="validation")
         axes.set(xlabel="step", ylabel="loss (nats per token)")
         _whole_steps(axes)
+        losses = [loss for _, loss in (*train, *validation)]
+        if min(losses, default=0) > 0 and max(losses) / min(losses) >= MANY_TIMES:
+            axes.set_yscale("log")
+            axes.yaxis.set_major_formatter("{x:g}")
+            axes.yaxis.set_minor_formatter("")
+            axes.tick_params(which="minor", length=0)
         _legend(axes)
         if bits:
             right = axes.secondary_yaxis("right", functions=(lambda loss: loss * bits, lambda value: value / bits))

@@ -29,7 +29,7 @@ class ReportSpec(Spec):
     title: str | None = Field(None, description="headline of the page; absent: a plain one")
 
 
-@stage("report", revision=3)
+@stage("report", revision=4)
 def build_report(work: Work, spec: ReportSpec, **artifacts: Artifact) -> Built:
     """Write the report on the artifacts that there are, by node name; a section without its artifacts is left out."""
     page = page_of(artifacts, spec.title)

@@ -69,9 +69,11 @@ def accuracy_table(evaluations: Mapping[str, dict[str, Any]]) -> Table:
     note = ""
     if majority:
         rows.append(("majority baseline", "–", "–", percent(majority["majority_share"]), "–", "–"))
-        note = f"{majority['num_rows']:,} held-out conversations; the baseline always answers “{majority['majority_response']}”."
+        note = f"{majority['num_rows']:,} held-out conversations; the baseline always answers “{majority['majority_response']}”. "
     columns = ("Model", "Validation loss", "Bits per byte", "Accuracy", "95% interval", "Over the baseline")
-    return Table(columns, tuple(rows), note=note)
+    if any(evaluation["validation"] for evaluation in evaluations.values()):
+        note += "Loss and bits per byte: of the corpus' validation text, which a model foretells worse once it learned to answer."
+    return Table(columns, tuple(rows), note=note.strip())
 
 
 def likelihood_table(evaluations: Mapping[str, dict[str, Any]]) -> Table | None:

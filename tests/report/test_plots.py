@@ -29,6 +29,15 @@ def test_an_svg_fills_the_width_that_the_page_gives_it() -> None:
     assert not re.search(r'\s(width|height)="', head[0])
 
 
+def test_a_loss_that_falls_far_has_an_axis_on_which_its_end_is_seen() -> None:
+    def ticks(last: float) -> set[str]:
+        svg = loss_plot("loss", "Loss", [(1, 11.0), (100, last)], [], bits=None).svg
+        return set(re.findall(r">([\d.]+)</text>", svg))
+
+    assert {"0.1", "1", "10"} <= ticks(0.05)
+    assert {"4", "6", "8", "10"} <= ticks(2.0)
+
+
 def test_ids_of_two_plots_differ() -> None:
     first = curve_plot("a", "A", "a", [(1, 1.0), (2, 3.0)]).svg
     second = curve_plot("b", "B", "b", [(1, 1.0), (2, 3.0)]).svg
