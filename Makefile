@@ -7,7 +7,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 SEQMILL := $(BIN)/seqmill
-INSTALL := $(BIN)/pip install --quiet --disable-pip-version-check --constraint requirements.lock --editable
+PIP := $(BIN)/pip --disable-pip-version-check install --constraint requirements.lock --editable
 
 # Processes that run tests, a file of them at a time.
 JOBS ?= 2
@@ -64,14 +64,22 @@ ui: .venv/.demo
 .venv/bin/python:
 	$(PYTHON) -m venv .venv
 
+# On a terminal pip shows its own progress; elsewhere a line every 20 s says how far it is.
+define install
+@echo "installing $(1) into .venv (about 2 GB; a minute or two where the network is fast)"
+@if [ -t 1 ]; then exec $(PIP) '$(1)'; fi; \
+	while sleep 2 && kill -0 $$$$ 2>/dev/null; do \
+		n=$$((n + 1)); [ $$((n % 10)) -ne 0 ] || echo "installing: $$(du -sm .venv | cut -f1) MB after $$((n * 2)) s"; \
+	done & \
+	$(PIP) --quiet '$(1)'; code=$$?; kill $$!; exit $$code
+endef
+
 .venv/.demo: pyproject.toml requirements.lock | .venv/bin/python
-	@echo "installing into .venv (about 2 GB; a minute or two)"
-	$(INSTALL) '.[demo]'
+	$(call install,.[demo])
 	@touch $@
 
 .venv/.dev: pyproject.toml requirements.lock | .venv/bin/python
-	@echo "installing into .venv (about 2 GB; a minute or two)"
-	$(INSTALL) '.[dev]'
+	$(call install,.[dev])
 	@touch .venv/.demo $@
 
 # What a fresh install of everything takes today; a local build's suffix (+cpu) is not part of a version to ask for.
