@@ -86,6 +86,7 @@ class Built:
     shards: tuple[ShardEntry, ...] = ()
     produced_by: dict[str, Any] = field(default_factory=dict)
     digests: dict[str, Digest] = field(default_factory=dict)  # of files read through already, by name
+    then: Callable[[], None] = lambda: None  # called once the artifact is in the store: what it was made with may go
 
 
 # Says what identifies bytes from outside the store (a digest, a server's validator); None where all comes from inputs.
@@ -173,6 +174,7 @@ class Stage(Generic[S]):
             **built.produced_by,
         }
         artifact = work.store.commit(identity, built.shards, built.stats, produced_by, built.digests)
+        built.then()
         level = logging.DEBUG if is_shard else logging.INFO
         log.log(level, "%s/%s: built, %d bytes, %.1f s", self.kind, key[:12], artifact.num_bytes, produced_by["seconds"])
         return artifact

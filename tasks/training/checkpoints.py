@@ -22,10 +22,16 @@ log = logging.getLogger(__name__)
 MANIFEST_NAME = "manifest.json"
 NUM_KEPT = 2  # the newest, and one to fall back to
 FOLDER = re.compile(r"^checkpoint-(\d+)$")
+PARTS = "rank-*.safetensors"  # what the ranks write; all else in a checkpoint is rank 0's
 
 # A checkpoint is resumed only where these are as they were. The number of ranks and the ZeRO stage may be others.
 SAME = ("data", "spec")
 MOST_FIELDS = 6  # named in the message that refuses a checkpoint
+
+
+def part_name(rank: int) -> str:
+    """The name of a rank's own file."""
+    return f"rank-{rank}.safetensors"
 
 
 def seal_checkpoint(folder: Path, facts: dict[str, Any], files: dict[str, Any]) -> None:
@@ -56,15 +62,12 @@ def newest_checkpoint(root: Path, facts: dict[str, Any]) -> Path | None:
     Raises StoreError, with the fields that differ, where it belongs to other data or another spec.
     """
     for folder in checkpoint_folders(root):
-        try:
-            manifest, problem = _verified(folder)
-        except OSError as error:  # may pass, as a network's does: no reason to give the checkpoint up
-            raise StoreError(f"{folder}: cannot be read ({error.strerror or error}); mend that and run again") from error
+        manifest, problem = verified(folder)
         if problem:
             log.warning("%s: passed over: %s", folder, problem)
             continue
         assert manifest
-        _check_facts(folder, manifest["facts"], facts)
+        check_facts(str(folder), str(root), manifest["facts"], facts)
         return folder
     return None
 
@@ -91,19 +94,32 @@ def step_of(folder: Path) -> int:
 
 def written_facts(folder: Path) -> dict[str, Any]:
     """What a checkpoint that is whole belongs to, and by how many ranks under which ZeRO stage it was written."""
-    facts: dict[str, Any] = orjson.loads((folder / MANIFEST_NAME).read_bytes())["facts"]
+    facts: dict[str, Any] = read_manifest(folder)["facts"]
     return facts
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """The manifest of a checkpoint that is whole."""
+    manifest: dict[str, Any] = orjson.loads((folder / MANIFEST_NAME).read_bytes())
+    return manifest
 
 
 def listed_files(folder: Path) -> list[str]:
     """The names of a whole checkpoint's files."""
-    return list(orjson.loads((folder / MANIFEST_NAME).read_bytes())["files"])
+    return list(read_manifest(folder)["files"])
+
+
+def verified(folder: Path) -> tuple[dict[str, Any] | None, str | None]:
+    """The checkpoint's manifest, or what is wrong with the checkpoint. Raises StoreError where it cannot be read."""
+    try:
+        return _verified(folder)
+    except OSError as error:  # may pass, as a network's does: no reason to give the checkpoint up
+        raise StoreError(f"{folder}: cannot be read ({error.strerror or error}); mend that and run again") from error
 
 
 def _verified(folder: Path) -> tuple[dict[str, Any] | None, str | None]:
-    """The checkpoint's manifest, or what is wrong with the checkpoint."""
     try:
-        manifest = orjson.loads((folder / MANIFEST_NAME).read_bytes())
+        manifest = read_manifest(folder)
         body = {"facts": manifest["facts"], "files": manifest["files"]}
         digest = manifest["digest"]
     except FileNotFoundError:
@@ -114,23 +130,27 @@ def _verified(folder: Path) -> tuple[dict[str, Any] | None, str | None]:
         return None, f"incomplete manifest (no {error})"
     if digest_json(body) != digest:
         return None, "its manifest has another digest than it says"
-    for name, entry in body["files"].items():
-        path = folder / name
-        size = path.stat().st_size if path.is_file() else None
-        if size != entry["num_bytes"]:
-            return None, f"{name} is {'missing' if size is None else f'{size} bytes'}, its manifest says {entry['num_bytes']}"
-        if digest_file(path) != entry["digest"]:
-            return None, f"{name} has another digest than its manifest says"
-    return manifest, None
+    problems = (file_problem(folder / name, entry) for name, entry in body["files"].items())
+    problem = next((problem for problem in problems if problem), None)
+    return (None, problem) if problem else (manifest, None)
 
 
-def _check_facts(folder: Path, written: dict[str, Any], now: dict[str, Any]) -> None:
+def file_problem(path: Path, entry: dict[str, Any]) -> str | None:
+    """What is wrong with one file of a checkpoint, by its size and digest in the manifest."""
+    size = path.stat().st_size if path.is_file() else None
+    if size != entry["num_bytes"]:
+        return f"{path.name} is {'missing' if size is None else f'{size} bytes'}, its manifest says {entry['num_bytes']}"
+    return None if digest_file(path) == entry["digest"] else f"{path.name} has another digest than its manifest says"
+
+
+def check_facts(where: str, root: str, written: dict[str, Any], now: dict[str, Any]) -> None:
+    """Raise StoreError, with the fields that differ, where a checkpoint in ``root`` belongs to other data or another spec."""
     was, is_now = ({name: value for fact in SAME for name, value in _flat(fact, facts[fact])} for facts in (written, now))
     differing = [name for name in sorted(was.keys() | is_now.keys()) if was.get(name) != is_now.get(name)]
     if differing:
         named = ", ".join(f"{name} {_short(was.get(name))} (now {_short(is_now.get(name))})" for name in differing[:MOST_FIELDS])
         more = f" and {len(differing) - MOST_FIELDS} more" if len(differing) > MOST_FIELDS else ""
-        raise StoreError(f"{folder}: written with {named}{more}; delete {folder.parent} to start over")
+        raise StoreError(f"{where}: written with {named}{more}; delete {root} to start over")
 
 
 def _flat(name: str, value: Any) -> Iterator[tuple[str, Any]]:

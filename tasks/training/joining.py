@@ -1,7 +1,8 @@
 """A node that joins: it waits for the node that leads, runs the ranks that it is told to, and goes when it is let go.
 
 Reads   the plan over the wire, the plan's files in this node's store
-Writes  PLAN.json into a folder of its own; the ranks write checkpoints where all nodes see them
+Writes  PLAN.json into a folder of its own; the ranks write checkpoints where all nodes see them, or into a folder of this
+        process's own below the cache, from which they go into the bucket
 """
 
 import logging
@@ -12,7 +13,8 @@ import subprocess
 import tempfile
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +22,7 @@ import orjson
 
 from tasks.errors import SeqmillError, SettingsError, StoppedError, WorkerError
 from tasks.machine import Nodes, TrainingSettings
-from tasks.store import ArtifactStore
+from tasks.store import ArtifactStore, SharedStore
 from tasks.training.arrivals import Arrivals
 from tasks.training.launch import agent_command, ranks_lines
 from tasks.training.lines import failure_line
@@ -28,6 +30,7 @@ from tasks.training.nodes.crew import PROTOCOL
 from tasks.training.nodes.nodes import CHECKPOINTS, STORE, Launch, localized
 from tasks.training.nodes.wire import Message, Wire
 from tasks.training.run import WORKER
+from tasks.training.share import DamagedPartError, Share, own_folder
 
 log = logging.getLogger(__name__)
 
@@ -42,25 +45,32 @@ def join(nodes: Nodes, store: ArtifactStore, settings: TrainingSettings, slots: 
     Raises WorkerError where no node leads for ``nodes.wait_seconds``, StoppedError after SIGTERM.
     """
     roots = {STORE: store.root, **({CHECKPOINTS: settings.checkpoints} if settings.checkpoints else {})}
-    while True:
-        wire = _reach(nodes, None if stays else nodes.wait_seconds)
-        wire.send({"say": "hello", "protocol": PROTOCOL, "name": platform.node(), "slots": slots})
-        log.info("joined %s:%d with up to %d ranks", nodes.host, nodes.port, slots)
-        node = Node(wire, store, settings, roots)
-        before = signal.signal(signal.SIGTERM, node.ask_to_go)
-        try:
-            is_let_go = node.serve()
-        finally:
-            signal.signal(signal.SIGTERM, before)
-            node.stop()
-            wire.close()
-        if node.is_going:
-            raise StoppedError(f"{nodes.host}:{nodes.port}: told to end, and left; the other nodes go on")
-        if is_let_go and not stays:
-            log.info("%s:%d: the run is over", nodes.host, nodes.port)
-            return
-        if not is_let_go:
-            log.warning("%s:%d: the node that leads is gone; waiting for it", nodes.host, nodes.port)
+    with own_folder(store.root) if isinstance(store, SharedStore) else nullcontext() as folder:
+        while _serve_once(nodes, slots, lambda wire: Node(wire, store, settings, roots, folder), stays=stays):
+            pass
+
+
+def _serve_once(nodes: Nodes, slots: int, node_at: Callable[[Wire], "Node"], *, stays: bool) -> bool:
+    """Join once, and take part until let go, or the node that leads is gone; whether to join again."""
+    wire = _reach(nodes, None if stays else nodes.wait_seconds)
+    wire.send({"say": "hello", "protocol": PROTOCOL, "name": platform.node(), "slots": slots})
+    log.info("joined %s:%d with up to %d ranks", nodes.host, nodes.port, slots)
+    node = node_at(wire)
+    before = signal.signal(signal.SIGTERM, node.ask_to_go)
+    try:
+        is_let_go = node.serve()
+    finally:
+        signal.signal(signal.SIGTERM, before)
+        node.stop()
+        wire.close()
+    if node.is_going:
+        raise StoppedError(f"{nodes.host}:{nodes.port}: told to end, and left; the other nodes go on")
+    if is_let_go and not stays:
+        log.info("%s:%d: the run is over", nodes.host, nodes.port)
+        return False
+    if not is_let_go:
+        log.warning("%s:%d: the node that leads is gone; waiting for it", nodes.host, nodes.port)
+    return True
 
 
 def _reach(nodes: Nodes, seconds: float | None) -> Wire:
@@ -92,8 +102,17 @@ def _await_sight(sign: Path) -> None:
 class Node:
     """This node, while the one that leads is there."""
 
-    def __init__(self, wire: Wire, store: ArtifactStore, settings: TrainingSettings, roots: Mapping[str, Path]) -> None:
-        self.wire, self.store, self.settings, self.roots = wire, store, settings, roots
+    def __init__(
+        self,
+        wire: Wire,
+        store: ArtifactStore,
+        settings: TrainingSettings,
+        roots: Mapping[str, Path],
+        folder: Path | None = None,
+    ) -> None:
+        """folder: where checkpoints of this node's ranks lie when they go into a bucket."""
+        self.wire, self.store, self.settings, self.roots, self.folder = wire, store, settings, roots, folder
+        self.share: Share | None = None  # of the checkpoints, where they go into a bucket
         self.process: subprocess.Popen[bytes] | None = None
         self.is_going = False
 
@@ -103,6 +122,8 @@ class Node:
             match message["say"]:
                 case "run":
                     self._run(message)
+                case "keep":
+                    self._keep(message)
                 case "stop":
                     self.stop()
                 case "leave":
@@ -130,10 +151,18 @@ class Node:
     def _run(self, message: Message) -> None:
         """Start this node's ranks; what they say goes to the node that leads."""
         party = message["party"]
-        folder = tempfile.TemporaryDirectory(prefix="seqmill-")
         try:
             launch = Launch(**message["launch"])
             plan, arrivals = self._plan(message, launch)
+        except DamagedPartError as error:
+            self.wire.send({"say": "damaged", "party": party, "why": str(error)})
+            self._fail(party, error)
+            return
+        except SeqmillError as error:
+            self._fail(party, error)
+            return
+        folder = tempfile.TemporaryDirectory(prefix="seqmill-")
+        try:
             plan_path = Path(folder.name) / "plan.json"
             plan_path.write_bytes(orjson.dumps(plan))
             command = agent_command(launch.command(WORKER, plan_path), self.settings, launch.environment())
@@ -153,19 +182,47 @@ class Node:
                 code = process.wait()
             self.wire.send({"say": "ended", "party": party, "code": code})
             if self.is_going:
-                self.wire.close()
+                self._go()
 
         threading.Thread(target=follow, name="ranks", daemon=True).start()
         arrivals.start(lambda error: self._give_up(party, error))
 
     def _plan(self, message: Message, launch: Launch) -> tuple[dict[str, Any], Arrivals]:
         """The plan with this node's paths, and what brings its files here where the store is not a folder of this node."""
-        read = localized({"plan": message["plan"], "seen": message["seen"]}, self.roots)
-        plan, seen = read["plan"], Path(read["seen"])
-        _await_sight(seen)
         first = sum(launch.ranks[: launch.node])
-        arrivals = Arrivals(self.store, plan, range(first, first + launch.ranks[launch.node]))
+        ranks = range(first, first + launch.ranks[launch.node])
+        told = {"plan": message["plan"], "seen": message.get("seen")}
+        self.share = None
+        if kept := message.get("kept"):
+            assert self.folder
+            self.share = Share(self.store, self.folder, kept)
+            plan = localized(told, {**self.roots, CHECKPOINTS: self.share.root})["plan"]
+            self.share.fetch(plan, ranks)
+        else:
+            read = localized(told, self.roots)
+            plan = read["plan"]
+            _await_sight(Path(read["seen"]))
+        arrivals = Arrivals(self.store, plan, ranks)
         return {**plan, "is_arriving": arrivals.is_needed}, arrivals
+
+    def _keep(self, message: Message) -> None:
+        """Put this node's parts of a checkpoint into the bucket, beside the training."""
+        share, party, step = self.share, message["party"], message["step"]
+
+        def keep() -> None:
+            why = share.send(step, message["files"]) if share else "no training is under way"
+            self.wire.send({"say": "kept", "party": party, "step": step, "why": why})
+
+        threading.Thread(target=keep, name="keep", daemon=True).start()
+
+    def _go(self) -> None:
+        """Leave, once this node's ranks have ended; where the last checkpoint goes into a bucket, when it is there."""
+        if self.share:  # the node that leads lets this one go
+            timer = threading.Timer(self.settings.stop_seconds, self.wire.close)
+            timer.daemon = True
+            timer.start()
+        else:
+            self.wire.close()
 
     def _fail(self, party: int, error: BaseException) -> None:
         self.wire.send({"say": "line", "party": party, "text": failure_line(-1, error)})

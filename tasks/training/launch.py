@@ -25,8 +25,9 @@ from tasks import errors
 from tasks.errors import SeqmillError, StoppedError, WorkerError
 from tasks.machine import TrainingSettings
 from tasks.training.agent import free_port
-from tasks.training.lines import FAILURE_PREFIX, METRICS_PREFIX, STOPPED_PREFIX, level_of
+from tasks.training.lines import FAILURE_PREFIX, METRICS_PREFIX, SEALED_PREFIX, STOPPED_PREFIX, level_of
 from tasks.training.nodes.party import Party
+from tasks.training.uploads import Uploads
 
 log = logging.getLogger(__name__)
 
@@ -51,25 +52,27 @@ def run_worker(
     label: str = "training",
     stop_path: Path | None = None,
     party: Party | None = None,
+    uploads: Uploads | None = None,
 ) -> None:
     """Run ``python -m module plan_path`` on every rank to its end.
 
     The ranks stay in this process's care: an exception here, or this process's death, takes them down. ``module`` ends
     with ``run_rank``. A rank that fails with an error of tasks.errors fails here with the same; any other failure is a
     WorkerError. stop_path: the file by which SIGTERM to this process asks the ranks to save and end; StoppedError then.
-    party: the nodes whose ranks take part; NodeLostError where one of them is lost, or leaves.
+    party: the nodes whose ranks take part; NodeLostError where one of them is lost, or leaves. uploads: is told of every
+    checkpoint that is whole, and given time for the last one where the ranks end before they have trained to their end.
     """
     if party:
         launch = party.start(plan_path)
         command = agent_command(launch.command(module, plan_path), settings, launch.environment())
     else:
         command = agent_command(launcher_command(module, plan_path, num_ranks, settings), settings)
-    listener = _Listener(label, on_metrics)
+    listener = _Listener(label, on_metrics, uploads.add if uploads else lambda step: None)
     log.debug("%s: starting %s", label, " ".join(command))
     process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
-    try:
-        with stop_on_sigterm(stop_path) as asked:
-            is_overdue = partial(_is_overdue, asked, settings.stop_seconds)
+    with stop_on_sigterm(stop_path) as asked:
+        is_overdue = partial(_is_overdue, asked, settings.stop_seconds)
+        try:
             _hear_out(process, listener, is_overdue, stop_path, party)
             if is_overdue() and process.poll() is None:
                 process.kill()  # it was asked; the ranks die with it: see tasks.machine.die_with_parent
@@ -77,12 +80,15 @@ def run_worker(
                     f"{label}: told to stop, still running {settings.stop_seconds:g} s later; "
                     "run again to go on from the last checkpoint"
                 )
-        code = process.wait()
-    finally:
-        stop(process)
-        if party:
-            party.end()
+            code = process.wait()
+        finally:
+            stop(process)
+            if party:
+                party.end()
+        if uploads and (code or listener.stopped_step is not None or (party and party.code)):
+            uploads.finish(settings.stop_seconds - (time.monotonic() - asked[0] if asked else 0.0))
     if party:
+        party.let_go()
         party.judge(label, listener.stopped_step, is_asked=bool(asked))
         code = code or party.code
     if listener.stopped_step is not None:
@@ -202,8 +208,9 @@ def ranks_lines(process: "subprocess.Popen[bytes]", is_overdue: Callable[[], boo
 class _Listener:
     """Hears the ranks' lines: metrics go to ``on_metrics``, the others to the log, the last ones are kept."""
 
-    def __init__(self, label: str, on_metrics: OnMetrics | None) -> None:
+    def __init__(self, label: str, on_metrics: OnMetrics | None, on_sealed: Callable[[int], None]) -> None:
         self.label = label
+        self.on_sealed = on_sealed
         self.on_metrics = on_metrics
         self.tail: deque[str] = deque(maxlen=TAIL_LINES)
         self.failure: dict[str, Any] | None = None
@@ -215,6 +222,8 @@ class _Listener:
         if line.startswith(METRICS_PREFIX):
             if self.on_metrics:
                 self.on_metrics(orjson.loads(line[len(METRICS_PREFIX) :]))
+        elif line.startswith(SEALED_PREFIX):
+            self.on_sealed(int(line[len(SEALED_PREFIX) :]))
         elif line.startswith(STOPPED_PREFIX):
             self.stopped_step = int(line[len(STOPPED_PREFIX) :])
         elif line.startswith(FAILURE_PREFIX):

@@ -1,4 +1,5 @@
-"""The lines by which a rank speaks to its launcher: metrics, a failure, a stop it was asked for, or a log line.
+"""The lines by which a rank speaks to its launcher: metrics, a failure, a checkpoint that is whole, a stop it was
+asked for, or a log line.
 
 The launcher reads them from one pipe that every rank writes to.
 """
@@ -11,6 +12,7 @@ from typing import Any
 METRICS_PREFIX = "@metrics "
 FAILURE_PREFIX = "@failure "
 STOPPED_PREFIX = "@stopped "
+SEALED_PREFIX = "@sealed "
 
 # Looked for at the start of a line only: "INFO:...", "[WARNING|trainer.py:33] ...", "[2026-01-01 10:00:00,1] [INFO] ...".
 LEVEL_COLUMNS = 60
@@ -31,6 +33,11 @@ def failure_line(rank: int, error: BaseException) -> str:
 def stopped_line(step: int) -> str:
     """The line that says after which step training ended, as it was asked to."""
     return f"{STOPPED_PREFIX}{step}"
+
+
+def sealed_line(step: int) -> str:
+    """The line that says which checkpoint is whole by now."""
+    return f"{SEALED_PREFIX}{step}"
 
 
 def level_of(line: str) -> int:

@@ -30,6 +30,10 @@ class MetricsFile:
         self.rows = [row for row in read_metrics(path) if row["step"] <= step] if step else []
         write_atomically(path, b"".join(orjson.dumps(row) + b"\n" for row in self.rows))
 
+    def upto(self, step: int) -> bytes:
+        """What was reported up to a step, as the file has it."""
+        return b"".join(orjson.dumps(row) + b"\n" for row in tuple(self.rows) if row["step"] <= step)
+
     def append(self, row: dict[str, Any]) -> None:
         self.rows.append(row)
         with self.path.open("ab") as target:

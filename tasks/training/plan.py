@@ -52,6 +52,7 @@ class TrainingPlan:
     generation: dict[str, Any] = field(default_factory=dict)  # fields of generation_config.json
     train_counts: list[int] = field(default_factory=list)  # the rows of each of train_files
     is_arriving: bool = False  # train_files come here while the ranks train: see tasks.training.arrivals
+    is_spread: bool = False  # checkpoint_dir is each node's own, with the files of its ranks: see tasks.training.remote
 
     def write(self, path: Path) -> None:
         path.write_bytes(orjson.dumps(asdict(self), option=orjson.OPT_INDENT_2))

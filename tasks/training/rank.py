@@ -24,6 +24,11 @@ def rank() -> int:
     return int(os.environ.get("RANK", "0"))
 
 
+def local_rank() -> int:
+    """This process's number among the ranks of its node."""
+    return int(os.environ.get("LOCAL_RANK", "0"))
+
+
 def num_ranks() -> int:
     """How many ranks work together."""
     return int(os.environ.get("WORLD_SIZE", "1"))

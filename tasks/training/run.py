@@ -8,6 +8,7 @@ import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,10 @@ from tasks.training.nodes.party import Party
 from tasks.training.optimization import OptimizationSpec
 from tasks.training.plan import TrainingPlan
 from tasks.training.references import Reference, row_references
-from tasks.training.together import checkpoint_root, on_nodes
+from tasks.training.remote import remote_of
+from tasks.training.resuming import newest_anywhere, take_up_metrics
+from tasks.training.together import checkpoint_root, forget_checkpoints, on_nodes
+from tasks.training.uploading import uploading
 
 log = logging.getLogger(__name__)
 
@@ -74,6 +78,7 @@ class Outcome:
     train_loss: float | None
     validation_loss: float | None
     produced_by: dict[str, Any]
+    then: Callable[[], None]  # once the artifact is in the store
 
     @property
     def losses(self) -> tuple[float | None, float | None]:
@@ -83,7 +88,7 @@ class Outcome:
     def built(self, **stats: Any) -> Built:
         """For the manifest."""
         counts = {name: getattr(self, name) for name in ("num_parameters", "num_steps", "train_loss", "validation_loss")}
-        return Built(stats={**counts, **stats}, produced_by=self.produced_by)
+        return Built(stats={**counts, **stats}, produced_by=self.produced_by, then=self.then)
 
 
 def train(work: Work, spec: OptimizationSpec, kind: str, rows: Rows, start: Start) -> Outcome:
@@ -95,7 +100,7 @@ def train(work: Work, spec: OptimizationSpec, kind: str, rows: Rows, start: Star
 
 
 def _train(work: Work, spec: OptimizationSpec, kind: str, rows: Rows, start: Start, *, party: Party | None) -> Outcome:
-    plan = make_plan(work, spec, kind, rows, start)
+    plan = make_plan(work, spec, kind, rows, start, party=party)
     checkpoint = Path(plan.resume_from) if plan.resume_from else None
     step = step_of(checkpoint) if checkpoint else 0
     clear_torn(Path(plan.checkpoint_dir), checkpoint)
@@ -111,6 +116,7 @@ def _train(work: Work, spec: OptimizationSpec, kind: str, rows: Rows, start: Sta
         work.machine.progress(kind, plan.num_steps, "steps") as advance,
         watched(settings.monitors, _watched_run(work, kind, step)) as hear,
         told_where(plan, rows),
+        uploading(remote_of(work), plan, metrics, party) as uploads,
     ):
         heard = follow(metrics, kind, plan.num_steps, advance, [hear, *_listeners(work, kind, plan.num_steps)])
         run_worker(
@@ -122,8 +128,9 @@ def _train(work: Work, spec: OptimizationSpec, kind: str, rows: Rows, start: Sta
             label=kind,
             stop_path=Path(plan.stop_path),
             party=party,
+            uploads=uploads,
         )
-    outcome = _outcome(plan, metrics, step)
+    outcome = _outcome(plan, metrics, step, partial(forget_checkpoints, work))
     log.info(
         "%s: %d steps on %d ranks, %s tokens/s, training loss %s, validation loss %s",
         kind, plan.num_steps, num_ranks, outcome.produced_by["tokens_per_second"], *map(_short, outcome.losses),
@@ -141,7 +148,9 @@ def _listeners(work: Work, kind: str, num_steps: int) -> list[Callable[[dict[str
     return [lambda row: tell({"kind": kind, "of_steps": num_steps, **row})] if tell else []
 
 
-def make_plan(work: Work, spec: OptimizationSpec, kind: str, rows: Rows, start: Start) -> TrainingPlan:
+def make_plan(
+    work: Work, spec: OptimizationSpec, kind: str, rows: Rows, start: Start, *, party: Party | None = None
+) -> TrainingPlan:
     """All that the ranks are told; everything that can be wrong without starting them is found here."""
     settings = work.machine.training
     train_counts = [count_rows(path) for path in rows.train_files]
@@ -154,8 +163,11 @@ def make_plan(work: Work, spec: OptimizationSpec, kind: str, rows: Rows, start: 
     choice = choice_of(spec, kind, rows.block_size, start, settings)
     deepspeed, batch = choice.deepspeed, choice.batch
     facts = {"data": rows.content, "spec": spec.identity(), "num_ranks": batch.num_ranks, "zero_stage": zero_stage(deepspeed)}
-    checkpoints = checkpoint_root(work)
-    resume = newest_checkpoint(checkpoints, facts)
+    checkpoints, remote = checkpoint_root(work), remote_of(work)
+    own_ranks = range(party.ranks[0] if party else batch.num_ranks)
+    resume = newest_anywhere(checkpoints, remote, facts, own_ranks, work.machine.progress)
+    if remote and resume:
+        take_up_metrics(work.scratch / METRICS_NAME, remote, step_of(resume))
     return TrainingPlan(
         label=kind,
         model={"config": start.config, "folder": str(start.folder) if start.folder else None, "attention": start.attention},
@@ -179,6 +191,7 @@ def make_plan(work: Work, spec: OptimizationSpec, kind: str, rows: Rows, start: 
         adapter=start.adapter,
         generation=start.generation,
         train_counts=train_counts,
+        is_spread=bool(party and remote),
     )
 
 
@@ -251,7 +264,7 @@ def _short(loss: float | None) -> str:
     return "none" if loss is None else f"{loss:.3f}"
 
 
-def _outcome(plan: TrainingPlan, metrics: MetricsFile, resumed_step: int) -> Outcome:
+def _outcome(plan: TrainingPlan, metrics: MetricsFile, resumed_step: int, then: Callable[[], None]) -> Outcome:
     result = orjson.loads(Path(plan.result_path).read_bytes())
     return Outcome(
         num_parameters=result["num_parameters"],
@@ -270,4 +283,5 @@ def _outcome(plan: TrainingPlan, metrics: MetricsFile, resumed_step: int) -> Out
             "zero_stage": plan.facts["zero_stage"],
             "resumed_from": resumed_step or None,
         },
+        then=then,
     )

@@ -8,6 +8,7 @@ Writes  checkpoints/checkpoint-<step>/rank-<rank>.safetensors   by each rank
 import logging
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,8 +18,8 @@ import torch.distributed as dist
 
 from tasks.errors import SeqmillError, StoreError, WorkerError
 from tasks.store import digest_bytes, write_atomically
-from tasks.training.checkpoints import prune_checkpoints, seal_checkpoint
-from tasks.training.rank import num_ranks, rank
+from tasks.training.checkpoints import part_name, prune_checkpoints, seal_checkpoint
+from tasks.training.rank import local_rank, num_ranks, rank
 from tasks.training.state import Snapshot, write_snapshot
 
 log = logging.getLogger(__name__)
@@ -65,10 +66,22 @@ class Saving:
 
 
 class CheckpointWriter:
-    """Writes checkpoints of one run, one at a time."""
+    """Writes checkpoints of one run, one at a time.
 
-    def __init__(self, root: Path, facts: dict[str, Any], ranks: Ranks) -> None:
-        self.root, self.facts, self.ranks = root, facts, ranks
+    is_spread: ``root`` is another folder on every node, and each is sealed. on_sealed: told the step, on rank 0.
+    """
+
+    def __init__(
+        self,
+        root: Path,
+        facts: dict[str, Any],
+        ranks: Ranks,
+        *,
+        is_spread: bool = False,
+        on_sealed: Callable[[int], None] = lambda step: None,
+    ) -> None:
+        self.root, self.facts, self.ranks, self.on_sealed = root, facts, ranks, on_sealed
+        self.is_sealing = rank() == 0 or (is_spread and local_rank() == 0)
         self.saving: Saving | None = None
 
     def begin(self, step: int, tensors: Snapshot, notes: dict[str, bytes], stopped_seconds: float) -> None:
@@ -95,8 +108,10 @@ class CheckpointWriter:
         parts = self.ranks.gather((saving.files, saving.error))
         if errors := [error for _, error in parts if error]:
             raise errors[0]
-        if rank() == 0:
+        if self.is_sealing:
             self._seal(saving, {name: entry for part, _ in parts for name, entry in part.items()})
+        if rank() == 0:
+            self.on_sealed(saving.step)
             seconds = time.monotonic() - saving.started
             log.info("%s: training stopped %.2f s, sealed after %.1f s", saving.folder.name, saving.stopped_seconds, seconds)
         self.saving = None
@@ -134,7 +149,7 @@ def _write_part(saving: Saving, tensors: Snapshot, notes: dict[str, bytes]) -> N
             "the checkpoint before it is kept"
         )
     saving.folder.mkdir(parents=True, exist_ok=True)
-    name = f"rank-{rank()}.safetensors"
+    name = part_name(rank())
     saving.files[name] = write_snapshot(saving.folder / name, tensors)
     for note, data in notes.items():
         write_atomically(saving.folder / note, data)

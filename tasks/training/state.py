@@ -22,12 +22,12 @@ from torch import Tensor
 
 from tasks.errors import StoreError, WorkerError
 from tasks.store.digest import write_all
+from tasks.training.checkpoints import PARTS as FILES
 from tasks.training.checkpoints import listed_files
 
 WEIGHT = "weight"
 MOMENTS = ("exp_avg", "exp_avg_sq")
 PARTS = (WEIGHT, *MOMENTS)
-FILES = "rank-*.safetensors"
 DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}  # safetensors' names
 
 Snapshot = dict[str, Tensor]
@@ -157,11 +157,12 @@ class SavedState:
     """The training state in a checkpoint's files, read by weight and place."""
 
     def __init__(self, folder: Path) -> None:
-        self.folder = folder
+        self.folder, self.has_all = folder, True
         self.places: dict[tuple[str, str], list[tuple[int, int, Any]]] = {}  # (part, weight): start, end, slice
         # Not what else is there: a node that was lost may have written after the others went on with fewer ranks.
         for path in sorted(folder / name for name in listed_files(folder) if fnmatch(name, FILES)):
             if not path.is_file():
+                self.has_all = False
                 continue  # ``check`` misses its numbers
             file: Any = safe_open(path, framework="pt")
             for key in file.keys():  # noqa: SIM118  # not a mapping: it cannot be iterated over
@@ -188,19 +189,26 @@ class SavedState:
         return f"delete {self.folder} to go on from the checkpoint before it"
 
     def read_into(self, target: Tensor, part: str, name: str, start: int = 0) -> None:
-        """Fill a flat ``target`` with the numbers of a weight from ``start`` on."""
-        end = start + target.numel()
-        for first, last, numbers in self.places[part, name]:
+        """Fill a flat ``target`` with the numbers of a weight from ``start`` on. Raises StoreError where some are missing."""
+        end, reached = start + target.numel(), start
+        for first, last, numbers in sorted(self.places.get((part, name), []), key=lambda place: place[:2]):
             begin, stop = max(start, first), min(end, last)
             if begin < stop:
                 target[begin - start : stop - start].copy_(numbers[begin - first : stop - first])
+                reached = max(reached, stop) if begin <= reached else reached
+        if reached < end:
+            raise StoreError(f"{self.folder}: {part} of {name} is missing from {reached} to {end}; {self._remedy}")
 
 
-def restore(engine: Any, folder: Path, num_steps: float) -> None:
-    """Give the engine the training state in a checkpoint's files, after ``num_steps`` steps of AdamW."""
+def restore(engine: Any, folder: Path, num_steps: float, *, is_partial: bool = False) -> None:
+    """Give the engine the training state in a checkpoint's files, after ``num_steps`` steps of AdamW.
+
+    is_partial: only the files that this rank reads need be here.
+    """
     saved, optimizer = SavedState(folder), engine.optimizer
     weights = [(name, weight) for name, weight in engine.module.named_parameters() if weight.requires_grad]
-    saved.check({name: getattr(weight, "ds_numel", weight.numel()) for name, weight in weights})
+    if saved.has_all or not is_partial:
+        saved.check({name: getattr(weight, "ds_numel", weight.numel()) for name, weight in weights})
     is_spread = hasattr(optimizer, "fp32_partitioned_groups_flat")
     if is_spread:
         optimizer.checkpoint_event_prologue()

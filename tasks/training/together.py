@@ -1,6 +1,7 @@
 """Train on the nodes that are there: muster them, and go on without one that is lost.
 
-Writes  <checkpoints>/<kind>/<key>/   where the settings name a folder for them; swept once the artifact is in the store
+Writes  <checkpoints>/<kind>/<key>/   where the settings name a folder for them; swept once the artifact is in the store, as are
+                                      those in a bucket
 """
 
 import logging
@@ -10,14 +11,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TypeVar
 
-from tasks.errors import SettingsError, WorkerError
-from tasks.machine import TrainingSettings
+from tasks.errors import StoreError, WorkerError
 from tasks.store import ArtifactStore, Digest, SharedStore, Work
 from tasks.training.checkpoints import checkpoint_folders, step_of
 from tasks.training.nodes.crew import Crew, crew_of
 from tasks.training.nodes.nodes import CHECKPOINTS, STORE
 from tasks.training.nodes.party import NodeLostError, Party
 from tasks.training.plan import most_ranks
+from tasks.training.remote import forget, remote_of, sweep_remote
 
 log = logging.getLogger(__name__)
 
@@ -29,11 +30,12 @@ MOST_VAIN = 5  # losses in a row, without progress: a node that dies at every st
 def on_nodes(work: Work, kind: str, global_batch_size: int, train: Callable[[Work, Party | None], T]) -> T:
     """Call ``train`` with a machine that has as many ranks as all nodes of a party; again, with another, after a loss."""
     settings = work.machine.training
-    if settings.nodes is None:
-        return train(work, None)
-    check_checkpoints(work.store, settings)
     if settings.checkpoints:
         sweep(settings.checkpoints, work.store)
+    elif isinstance(work.store, SharedStore):
+        sweep_remote(work.store)
+    if settings.nodes is None:
+        return train(work, None)
     slots = most_ranks(settings)
     crew = crew_of(settings.nodes)
     step, num_vain = -1, 0
@@ -59,24 +61,28 @@ def _newest_step(work: Work) -> int:
 
 
 def _party(crew: Crew, work: Work, kind: str, slots: int, global_batch_size: int) -> Party:
-    checkpoints = work.machine.training.checkpoints
-    roots = {STORE: work.store.root, **({CHECKPOINTS: checkpoints} if checkpoints else {})}
-    return Party(crew, crew.muster(kind, slots, global_batch_size), roots, work.machine.training.launcher)
-
-
-def check_checkpoints(store: ArtifactStore, settings: TrainingSettings) -> None:
-    """Raise SettingsError where the nodes have no folder in common for their checkpoints, as with a bucket alone."""
-    if isinstance(store, SharedStore) and settings.checkpoints is None:
-        raise SettingsError(
-            f"checkpoints: not set, and the store {store.address} is no folder that all nodes see; name one that they mount in "
-            "SEQMILL_CHECKPOINTS"
-        )
+    remote = remote_of(work)
+    # Of a bucket, each node has a folder of its own for them.
+    checkpoints = checkpoint_root(work) if remote else work.machine.training.checkpoints
+    roots = {**({CHECKPOINTS: checkpoints} if checkpoints else {}), STORE: work.store.root}
+    return Party(crew, crew.muster(kind, slots, global_batch_size), roots, work.machine.training.launcher, remote)
 
 
 def checkpoint_root(work: Work) -> Path:
     """The folder of one artifact's checkpoints."""
     shared = work.machine.training.checkpoints
     return shared / work.folder.parent.name / work.folder.name if shared else work.scratch / "checkpoints"
+
+
+def forget_checkpoints(work: Work) -> None:
+    """Delete the checkpoints of what is in the store now. Those in its staging went with that."""
+    if remote := remote_of(work):
+        try:
+            forget(remote.store, remote.kind, remote.key)
+        except StoreError as error:
+            log.warning("%s; the next training deletes its checkpoints", error)
+    elif work.machine.training.checkpoints:
+        shutil.rmtree(checkpoint_root(work), ignore_errors=True)
 
 
 def sweep(checkpoints: Path, store: ArtifactStore) -> None:

@@ -17,10 +17,11 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 from tasks.errors import SeqmillError, WorkerError
 from tasks.store import write_atomically
 from tasks.training.datasets import training_loader, validation_batches
+from tasks.training.lines import sealed_line
 from tasks.training.loss import summed_loss
 from tasks.training.meter import Meter
 from tasks.training.order import RowOrder, Share, dropout_seed
-from tasks.training.rank import StopRequest, report_metrics
+from tasks.training.rank import StopRequest, report_metrics, speak
 from tasks.training.rows import Rows
 from tasks.training.saving import PROGRESS, TRAINER_STATE, CheckpointWriter, Ranks
 from tasks.training.state import base_optimizer, restore, snapshot
@@ -39,7 +40,13 @@ class SteppedTrainer(Trainer):
         self.num_rows = num_rows = len(rows)
         self.stop = stop
         self.ranks = Ranks()
-        self.writer = CheckpointWriter(Path(plan["checkpoint_dir"]), plan["facts"], self.ranks)
+        self.writer = CheckpointWriter(
+            Path(plan["checkpoint_dir"]),
+            plan["facts"],
+            self.ranks,
+            is_spread=plan["is_spread"],
+            on_sealed=lambda step: speak(sealed_line(step)),
+        )
         self.stopped_step: int | None = None
         self.first_step = 0
         self.validation_loss: float | None = None
@@ -91,7 +98,7 @@ class SteppedTrainer(Trainer):
         if resume_from_checkpoint:
             folder = Path(resume_from_checkpoint)
             progress = orjson.loads((folder / PROGRESS).read_bytes())
-            restore(self.model_wrapped, folder, progress["num_steps"])
+            restore(self.model_wrapped, folder, progress["num_steps"], is_partial=self.plan["is_spread"])
             self.watch.known = progress.get("losses", [])  # of a checkpoint that tells them
             assert self.lr_scheduler
             groups = base_optimizer(self.model_wrapped.optimizer).param_groups

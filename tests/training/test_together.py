@@ -8,10 +8,11 @@ from typing import Any
 
 import pytest
 
-from tasks.errors import SettingsError, WorkerError
+from tasks.errors import WorkerError
 from tasks.machine import Machine, Nodes, TrainingSettings
 from tasks.store import ArtifactStore, SharedStore, Work, digest_json
 from tasks.training import together
+from tasks.training.nodes.nodes import portable
 from tasks.training.nodes.party import NodeLostError, Party
 from tasks.training.together import checkpoint_root, on_nodes, sweep
 from tests.training.small_inputs import InputSpec, build_tokenizer
@@ -78,10 +79,22 @@ def test_one_machine_trains_as_ever(work: Work) -> None:
     assert on_nodes(alone, "pretrained", 8, lambda given, party: (given, party)) == (alone, None)
 
 
-def test_a_bucket_alone_is_refused(work: Work, tmp_path: Path) -> None:
-    shared = replace(work, store=SharedStore(f"file://{tmp_path}", tmp_path / "cache"))
-    with pytest.raises(SettingsError, match=r"^checkpoints: not set, and the store file://.* SEQMILL_CHECKPOINTS$"):
-        on_nodes(shared, "pretrained", 8, lambda *_: None)
+def test_of_a_bucket_each_node_has_a_folder_of_its_own_for_checkpoints(work: Work, tmp_path: Path) -> None:
+    shared = replace(work, store=SharedStore(f"file://{tmp_path}/bucket", tmp_path / "cache"))
+    party = on_nodes(shared, "pretrained", 8, lambda _, party: party)
+    assert party
+    assert party.remote
+    assert portable(str(checkpoint_root(work) / "checkpoint-5"), party.roots) == "checkpoints:checkpoint-5"
+
+
+def test_a_folder_that_is_named_for_checkpoints_is_taken_in_place_of_the_bucket(work: Work, tmp_path: Path) -> None:
+    training = replace(work.machine.training, checkpoints=tmp_path / "mounted")
+    store = SharedStore(f"file://{tmp_path}/bucket", tmp_path / "cache")
+    mounted = replace(work, store=store, machine=replace(work.machine, training=training))
+    party = on_nodes(mounted, "pretrained", 8, lambda _, party: party)
+    assert party
+    assert party.remote is None
+    assert checkpoint_root(mounted) == tmp_path / "mounted" / "pretrained" / "key"
 
 
 def test_checkpoints_of_what_is_built_are_swept_and_no_others(tmp_path: Path) -> None:

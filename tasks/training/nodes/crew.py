@@ -22,7 +22,7 @@ log = logging.getLogger(__name__)
 
 HELLO_SECONDS, HELLO_BYTES = 10.0, 1 << 12
 # What both ends must agree on: raise it with every change of a message or of the plan.
-PROTOCOL = 1
+PROTOCOL = 2
 
 
 class Member:
@@ -41,11 +41,15 @@ Event = tuple[Member | None, Message | None]
 
 
 class Crew:
-    """All nodes that have joined. ``events``: what they say, for the one party that is under way."""
+    """All nodes that have joined. ``events``: what they say, for the one party that is under way.
+
+    ``answers``: what they say of a checkpoint that goes into the bucket, which another thread waits for.
+    """
 
     def __init__(self, nodes: Nodes) -> None:
         self.nodes = nodes
         self.events: queue.Queue[Event] = queue.Queue()
+        self.answers: queue.Queue[tuple[Member, Message | None]] = queue.Queue()
         self.members: list[Member] = []
         self.number = 0  # of the party under way
         self._changed = threading.Condition()
@@ -126,11 +130,12 @@ class Crew:
         while (message := wire.receive()) is not None:
             if message["say"] == "going":
                 member.is_going = True
-            self.events.put((member, message))
+            (self.answers if message["say"] == "kept" else self.events).put((member, message))
         with self._changed:
             self.members.remove(member)
             self._changed.notify_all()
         self.events.put((member, None))
+        self.answers.put((member, None))
         wire.close()
         log.info("node %s is gone", member)
 

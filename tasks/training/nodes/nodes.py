@@ -55,6 +55,8 @@ def portable(plan: Any, roots: Mapping[str, Path]) -> Any:
 
     def told(path: str) -> str:
         for name, root in roots.items():
+            if path == str(root):
+                return f"{name}:"
             if path.startswith(f"{root}/"):
                 return f"{name}:{path[len(str(root)) + 1 :]}"
         return path

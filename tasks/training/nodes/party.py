@@ -13,31 +13,49 @@ import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import orjson
 
 from tasks.errors import WorkerError
 from tasks.training.agent import free_port
+from tasks.training.checkpoints import read_manifest
 from tasks.training.nodes.crew import Crew, Member
 from tasks.training.nodes.nodes import Launch, portable
 from tasks.training.nodes.wire import SILENT_SECONDS, Message
+from tasks.training.remote import Files, RemoteCheckpoints
 
 log = logging.getLogger(__name__)
 
 ENDING_SECONDS = SILENT_SECONDS + 10  # in which a node has ended its ranks, or is known to be gone
 EXIT_SECONDS = 5.0  # between a launcher's last line and its end
 SEEN = ".seen-"
+ANSWER_SECONDS = 1.0  # how soon an upload that is broken off stops waiting for the others
 
 
 class NodeLostError(WorkerError):
     """A node of the party is gone; those that are left can go on."""
 
 
-class Party:
-    """The nodes of one try and their ranks: ``shares``, this node's (None) first, which has rank 0."""
+class DamagedError(NodeLostError):
+    """A node has found the checkpoint damaged that was to be gone on from; the nodes can go on from the one before."""
 
-    def __init__(self, crew: Crew, shares: Mapping[Member | None, int], roots: Mapping[str, Path], launcher: str) -> None:
-        self.crew, self.roots, self.launcher = crew, roots, launcher
+
+class Party:
+    """The nodes of one try and their ranks: ``shares``, this node's (None) first, which has rank 0.
+
+    remote: where checkpoints go, where no folder is seen by all nodes.
+    """
+
+    def __init__(
+        self,
+        crew: Crew,
+        shares: Mapping[Member | None, int],
+        roots: Mapping[str, Path],
+        launcher: str,
+        remote: RemoteCheckpoints | None = None,
+    ) -> None:
+        self.crew, self.roots, self.launcher, self.remote = crew, roots, launcher, remote
         self.ranks = list(shares.values())
         self.members = [member for member in shares if member]
         self.number = crew.number
@@ -46,17 +64,50 @@ class Party:
         self.lost: list[Member] = []
         self.going: list[Member] = []
         self.code = 0  # of the first member's launcher that failed
+        self.damage: str | None = None  # of the checkpoint to go on from
 
     def start(self, plan_path: Path) -> Launch:
         """Tell the members to start their ranks; returns what this node is to start."""
         plan = orjson.loads(plan_path.read_bytes())
         host, port = self.members[0].wire.own_address, free_port()
         launches = [Launch(node, self.ranks, host, port, self.launcher) for node in range(len(self.ranks))]
-        told = portable({"plan": plan, "seen": str(_leave_sign(Path(plan["checkpoint_dir"])))}, self.roots)
+        told = portable({"plan": plan, **self._places(plan)}, self.roots)
         for member, launch in zip(self.members, launches[1:], strict=True):
             self.running.add(member)
             member.wire.send({"say": "run", "party": self.number, "launch": launch, **told})
         return launches[0]
+
+    def _places(self, plan: dict[str, Any]) -> dict[str, Any]:
+        """By what a member finds the checkpoints, and sees that they are where the others' are."""
+        if self.remote is None:
+            return {"seen": str(_leave_sign(Path(plan["checkpoint_dir"])))}
+        sign, resume = uuid.uuid4().hex, plan["resume_from"]
+        self.remote.sign(sign)
+        manifest = read_manifest(Path(resume)) if resume else None
+        return {"kept": {"kind": self.remote.kind, "key": self.remote.key, "sign": sign, "resume": manifest}}
+
+    def ask_to_keep(self, step: int, files: Files) -> None:
+        """Have each member put its ranks' files of a checkpoint into the bucket."""
+        for member in self.members:
+            member.wire.send({"say": "keep", "party": self.number, "step": step, "files": files})
+
+    def await_kept(self, step: int, is_ended: Callable[[], bool]) -> str | None:
+        """Wait until each has; what kept one from it, None where nothing did."""
+        waiting = set(self.members)
+        while waiting:
+            if gone := next((member for member in waiting if member not in self.crew.members), None):
+                return f"node {gone} is gone"
+            try:
+                member, message = self.crew.answers.get(timeout=ANSWER_SECONDS)
+            except queue.Empty:
+                if is_ended():
+                    return "broken off"
+                continue
+            if message and (message.get("party"), message.get("step")) == (self.number, step):
+                if why := message.get("why"):
+                    return f"node {member}: {why}"
+                waiting.discard(member)
+        return None
 
     def lines(self, process: "subprocess.Popen[bytes]", local: Callable[[], Iterator[str]], stop_path: Path) -> Iterator[str]:
         """Every line of all ranks, until all nodes' launchers have ended or one is lost.
@@ -72,7 +123,9 @@ class Party:
                 log.info("node %s was told to end; a checkpoint is written first", member)
                 self.going.append(member)
                 stop_path.touch()
-            else:
+            elif message["say"] == "damaged":
+                self.damage = str(message.get("why"))
+            elif message["say"] in ("ended", "gone"):
                 self._note_end(member, message)
                 self.code = self.code or int(message.get("code", 0))
                 # At once: its ranks wait for peers that are gone, and die with it. Not where rank 0 may be sealing a checkpoint.
@@ -95,10 +148,17 @@ class Party:
             member.wire.close()
             self._note_end(member, {"say": "gone"})
 
+    def let_go(self) -> None:
+        """Tell the members that leave that nothing more is asked of them."""
+        for member in self.going:
+            member.wire.send({"say": "leave"})
+
     def judge(self, label: str, stopped_step: int | None, *, is_asked: bool) -> None:
         """Raise NodeLostError where others can go on in place of those that are gone. is_asked: this node is to stop too."""
         if is_asked and stopped_step is not None:
             return
+        if self.damage:
+            raise DamagedError(f"{label}: {self.damage}")
         if self.lost:
             raise NodeLostError(f"{label}: node {', '.join(map(str, self.lost))} is gone")
         if self.going and stopped_step is not None:

@@ -1,0 +1,101 @@
+"""A joining node's share of checkpoints that go into a bucket: the files of its own ranks, in a folder of this process's own.
+
+Reads and writes  <cache>/.joined/<host>-<pid>-<number>/checkpoints/checkpoint-<step>/*
+"""
+
+import fcntl
+import os
+import platform
+import secrets
+import shutil
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from tasks.errors import SeqmillError, SettingsError, StoreError
+from tasks.machine import quiet
+from tasks.store import ArtifactStore
+from tasks.store.lease import try_lock
+from tasks.store.store import is_at
+from tasks.training.checkpoints import clear_torn, step_of
+from tasks.training.remote import Kept, RemoteCheckpoints, check_files, check_manifest, remote_at
+from tasks.training.resuming import needed_files
+from tasks.training.uploads import send
+
+JOINED = ".joined"
+
+
+class DamagedPartError(StoreError):
+    """A part of the checkpoint to go on from is damaged in the bucket."""
+
+
+class Share:
+    """This node's part in one training's checkpoints, as the node that leads tells of them."""
+
+    def __init__(self, store: ArtifactStore, folder: Path, told: dict[str, Any]) -> None:
+        """told: kind and key of the artifact; a sign; the manifest of the checkpoint to go on from, or None.
+
+        Raises SettingsError where this node's store is another.
+        """
+        try:
+            self.remote: RemoteCheckpoints = remote_at(store, told["kind"], told["key"])
+            self.resume = Kept(check_manifest(told["resume"]), {}) if told["resume"] else None
+        except (ValueError, KeyError) as error:
+            raise SettingsError(
+                f"{platform.node()}: checkpoints of {error}, which this node's store {store.address} has no place for; give all "
+                "nodes the same SEQMILL_STORE and SEQMILL_CHECKPOINTS"
+            ) from error
+        if not self.remote.has_sign(told["sign"]):
+            raise SettingsError(
+                f"{platform.node()}: {self.remote.address} is not where the node that leads keeps checkpoints; give all nodes "
+                "the same SEQMILL_STORE"
+            )
+        self.root = folder / self.remote.kind / self.remote.key
+
+    def fetch(self, plan: dict[str, Any], ranks: Sequence[int]) -> None:
+        """Bring here what these ranks read of the checkpoint to go on from. Raises DamagedPartError."""
+        self.root.mkdir(parents=True, exist_ok=True)
+        resume = Path(plan["resume_from"]) if plan["resume_from"] else None
+        clear_torn(self.root, resume)
+        if self.resume and resume:
+            if self.resume.step != step_of(resume):
+                raise SettingsError(f"{platform.node()}: {resume.name} is not its manifest's step {self.resume.step}; run again")
+            names = needed_files(self.resume.manifest, plan["facts"], ranks)
+            with quiet(resume.name, None, "B") as advance:
+                if problem := self.remote.fetch(self.resume, names, self.root / resume.name, advance):
+                    raise DamagedPartError(f"{self.remote.address}/{resume.name}: {problem}")
+
+    def send(self, step: int, files: Any) -> str | None:
+        """Put the files of a checkpoint that lie here into the bucket; what kept this node from it."""
+        try:
+            send(self.remote, self.root, int(step), check_files(files))
+        except (SeqmillError, OSError, ValueError, TypeError, AttributeError) as error:
+            return str(error)
+        return None
+
+
+@contextmanager
+def own_folder(root: Path) -> Iterator[Path]:
+    """A folder of this process's own below ``root``, gone with it; those of processes that were killed are removed."""
+    base = root / JOINED
+    for lock in base.glob(f"{platform.node()}-*.lock"):
+        with try_lock(lock) as is_free:
+            if is_free:
+                shutil.rmtree(lock.with_suffix(""), ignore_errors=True)
+                lock.unlink(missing_ok=True)
+    while True:
+        folder = base / f"{platform.node()}-{os.getpid()}-{secrets.token_hex(4)}"
+        lock = folder.with_suffix(".lock")
+        base.mkdir(parents=True, exist_ok=True)
+        with lock.open("a") as handle:
+            fcntl.flock(handle, fcntl.LOCK_EX)
+            if not is_at(lock, handle.fileno()):
+                continue  # taken for a dead process's, by one that begins
+            try:
+                folder.mkdir()
+                yield folder
+            finally:
+                shutil.rmtree(folder, ignore_errors=True)
+                lock.unlink(missing_ok=True)
+            return

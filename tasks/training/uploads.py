@@ -1,0 +1,149 @@
+"""A training's checkpoints on their way into a bucket, beside the training: always the newest one that is whole here.
+
+Reads   checkpoints/checkpoint-<step>/*   of this node's ranks; other nodes send their own
+Writes  checkpoints/.upload-<step>/       hard links, so that a checkpoint pruned meanwhile is sent whole
+"""
+
+import logging
+import os
+import shutil
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Protocol
+
+from tasks.errors import SeqmillError, WorkerError
+from tasks.training.checkpoints import read_manifest
+from tasks.training.remote import Files, RemoteCheckpoints
+
+log = logging.getLogger(__name__)
+
+LINKS = ".upload-"
+
+
+class Others(Protocol):
+    """The other nodes of a training."""
+
+    def ask_to_keep(self, step: int, files: Files) -> None:
+        """Have each send what it has of a checkpoint's files."""
+
+    def await_kept(self, step: int, is_ended: Callable[[], bool]) -> str | None:
+        """Wait until each has; what kept one from it, None where nothing did."""
+
+
+class Uploads:
+    """What is sealed in ``root`` goes into the bucket, one checkpoint at a time."""
+
+    def __init__(
+        self, remote: RemoteCheckpoints, root: Path, *, kept_step: int, metrics: Callable[[int], bytes], others: Others | None
+    ) -> None:
+        """metrics: the reports up to a step. kept_step: that of the newest checkpoint in the bucket, 0 where there is none."""
+        self.remote, self.root, self.metrics, self.others = remote, root, metrics, others
+        self.sealed_step = self.kept_step = kept_step  # the newest here, and in the bucket
+        self._pending: int | None = None
+        self._is_busy = self._is_ended = False
+        self._changed = threading.Condition()
+        remove_links(root)
+        threading.Thread(target=self._run, name="uploads", daemon=True).start()
+
+    def add(self, step: int) -> None:
+        """A checkpoint is whole here. One that still waits is passed over for it."""
+        with self._changed:
+            if self._pending is not None:
+                log.info("checkpoint-%d: not put into the bucket: checkpoint-%d is newer", self._pending, step)
+            self._pending = self.sealed_step = step
+            self._changed.notify_all()
+
+    def finish(self, seconds: float) -> None:
+        """Wait until the newest is in the bucket, or cannot be put there; at most so long."""
+        with self._changed:
+            if self._pending is None and not self._is_busy and self.kept_step < self.sealed_step:
+                self._pending = self.sealed_step  # once more: it failed before
+                self._changed.notify_all()
+            if self._pending is None and not self._is_busy:
+                return
+            log.info("checkpoint-%d: on its way into the bucket; waiting up to %.0f s", self.sealed_step, seconds)
+            is_done = self._changed.wait_for(lambda: self._pending is None and not self._is_busy, max(0.0, seconds))
+        if not is_done:
+            log.warning("checkpoint-%d: not in the bucket after %.0f s%s", self.sealed_step, seconds, self._fallback())
+
+    def end(self) -> None:
+        """Send nothing more, and break off what is being sent."""
+        with self._changed:
+            self._is_ended, self._pending = True, None
+            self._changed.notify_all()
+
+    def _run(self) -> None:
+        while (step := self._next()) is not None:
+            try:
+                self._upload(step)
+            except (SeqmillError, OSError, ValueError) as error:
+                if not self._is_ended:
+                    log.warning(
+                        "checkpoint-%d: not put into the bucket (%s); training goes on, the next one is tried%s",
+                        step, error, self._fallback(),
+                    )  # fmt: skip
+            finally:
+                with self._changed:
+                    self._is_busy = False
+                    self._changed.notify_all()
+
+    def _next(self) -> int | None:
+        with self._changed:
+            self._changed.wait_for(lambda: self._is_ended or self._pending is not None)
+            step, self._pending = self._pending, None
+            self._is_busy = step is not None
+            return step
+
+    def _upload(self, step: int) -> None:
+        started, manifest = time.monotonic(), read_manifest(self.root / f"checkpoint-{step}")
+        if self.others:
+            self.others.ask_to_keep(step, manifest["files"])
+        send(self.remote, self.root, step, manifest["files"], lambda: self._is_ended)
+        if self.others and (problem := self.others.await_kept(step, lambda: self._is_ended)):
+            raise WorkerError(problem)
+        self.remote.keep(manifest, self.metrics(step))
+        self.kept_step = step
+        size = sum(entry["num_bytes"] for entry in manifest["files"].values())
+        log.info("checkpoint-%d: in the bucket after %.1f s, %.1f MB", step, time.monotonic() - started, size / 1e6)
+
+    def _fallback(self) -> str:
+        return f"; checkpoint-{self.kept_step} is the newest there" if self.kept_step else "; none is there yet"
+
+
+class EndedError(WorkerError):
+    """What was being sent is not wanted any more."""
+
+
+def send(remote: RemoteCheckpoints, root: Path, step: int, files: Files, is_ended: Callable[[], bool] = lambda: False) -> None:
+    """Put those of a checkpoint's files that lie here into the bucket."""
+
+    def go_on(_: int) -> None:
+        if is_ended():
+            raise EndedError(f"checkpoint-{step}: broken off")
+
+    with linked(root, step) as folder:
+        remote.put(folder, step, files, go_on)
+
+
+@contextmanager
+def linked(root: Path, step: int) -> Iterator[Path]:
+    """A checkpoint's files by other names: the ranks may delete theirs at any time. Raises OSError where they are gone."""
+    links = root / f"{LINKS}{step}"
+    shutil.rmtree(links, ignore_errors=True)
+    links.mkdir()
+    try:
+        for path in (root / f"checkpoint-{step}").iterdir():
+            if path.is_file() and not path.name.startswith("."):
+                os.link(path, links / path.name)
+        yield links
+    finally:
+        shutil.rmtree(links, ignore_errors=True)
+
+
+def remove_links(root: Path) -> None:
+    """Remove what an upload that was killed has left."""
+    for left in root.glob(f"{LINKS}*"):
+        shutil.rmtree(left, ignore_errors=True)
