@@ -23,6 +23,8 @@ def uploading(
     root, checkpoint = Path(plan.checkpoint_dir), Path(plan.resume_from) if plan.resume_from else None
     kept_step = _begin_remote(remote, root, checkpoint, metrics, is_needed=bool(party))
     uploads = Uploads(remote, root, kept_step=kept_step, metrics=metrics.upto, others=party)
+    if checkpoint and step_of(checkpoint) > kept_step:
+        uploads.add(step_of(checkpoint))
     try:
         yield uploads
     except DamagedError:

@@ -57,17 +57,23 @@ class Uploads:
             self._changed.notify_all()
 
     def finish(self, seconds: float) -> None:
-        """Wait until the newest is in the bucket, or cannot be put there; at most so long."""
+        """Wait until the newest is in the bucket, tried once more where it failed; at most so long."""
+        deadline = time.monotonic() + seconds
         with self._changed:
-            if self._pending is None and not self._is_busy and self.kept_step < self.sealed_step:
-                self._pending = self.sealed_step  # once more: it failed before
-                self._changed.notify_all()
-            if self._pending is None and not self._is_busy:
+            if self.kept_step == self.sealed_step:
                 return
-            log.info("checkpoint-%d: on its way into the bucket; waiting up to %.0f s", self.sealed_step, seconds)
-            is_done = self._changed.wait_for(lambda: self._pending is None and not self._is_busy, max(0.0, seconds))
+            log.info("checkpoint-%d: not in the bucket yet; waiting up to %.0f s", self.sealed_step, max(0.0, seconds))
+            is_done = self._await_idle(deadline)
+            if is_done and self.kept_step < self.sealed_step and not self._is_ended:
+                self._pending = self.sealed_step
+                self._changed.notify_all()
+                is_done = self._await_idle(deadline)
         if not is_done:
             log.warning("checkpoint-%d: not in the bucket after %.0f s%s", self.sealed_step, seconds, self._fallback())
+
+    def _await_idle(self, deadline: float) -> bool:
+        left = max(0.0, deadline - time.monotonic())
+        return self._changed.wait_for(lambda: self._pending is None and not self._is_busy, left)
 
     def end(self) -> None:
         """Send nothing more, and break off what is being sent."""

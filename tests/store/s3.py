@@ -152,9 +152,10 @@ class Proxy:
     ended: threading.Event = field(default_factory=threading.Event)
 
     @contextmanager
-    def running(self) -> Iterator["Proxy"]:
-        with socket.create_server(("127.0.0.1", 0), backlog=64) as listening:
-            self.address = f"http://127.0.0.1:{listening.getsockname()[1]}"
+    def running(self, at: socket.socket | None = None) -> Iterator["Proxy"]:
+        """at: where it listens, which may be another network's; absent: on loopback."""
+        with at or socket.create_server(("127.0.0.1", 0), backlog=64) as listening:
+            self.address = "http://{}:{}".format(*listening.getsockname())
             threading.Thread(target=self._accept, args=(listening,), daemon=True).start()
             try:
                 yield self

@@ -1,14 +1,19 @@
 """Network namespaces as nodes: each has an address of its own on one bridge, and reaches the others through it alone."""
 
+import ctypes
 import os
 import shutil
+import socket
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
 SUBNET = "10.231.7"
+BRIDGE = 254
+CLONE_NEWNET = 0x40000000  # linux/sched.h
 
 
 def can_make_nodes() -> bool:
@@ -38,6 +43,21 @@ class Nodes:
     def address(self, node: int) -> str:
         return f"{SUBNET}.{node + 1}"
 
+    def listen(self) -> socket.socket:
+        """A socket of this process's that the nodes reach, at an address of the bridge's own."""
+        made: list[socket.socket] = []
+
+        def enter() -> None:
+            # A thread has a network of its own; a socket stays in the one that it was made in.
+            with Path("/var/run/netns", self.bridge).open() as namespace:
+                assert ctypes.CDLL(None, use_errno=True).setns(namespace.fileno(), CLONE_NEWNET) == 0
+            made.append(socket.create_server((f"{SUBNET}.{BRIDGE}", 0), backlog=64))
+
+        thread = threading.Thread(target=enter)
+        thread.start()
+        thread.join()
+        return made[0]
+
     def start(self, node: int, arguments: Sequence[str], log: Path, **variables: str) -> "subprocess.Popen[bytes]":
         """`python ARGUMENTS` on a node; what it says goes to ``log``. `ip netns exec` becomes the process that it starts."""
         with log.open("ab") as target:
@@ -54,6 +74,7 @@ class Nodes:
     def make(self) -> None:
         ip("netns", "add", self.bridge)
         ip("link", "add", "bridge", "type", "bridge", within=self.bridge)
+        ip("addr", "add", f"{SUBNET}.{BRIDGE}/24", "dev", "bridge", within=self.bridge)
         ip("link", "set", "bridge", "up", within=self.bridge)
         for node, name in enumerate(self.names):
             ip("netns", "add", name)

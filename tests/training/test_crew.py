@@ -19,7 +19,7 @@ from tasks.training.agent import free_port
 from tasks.training.joining import Node, join
 from tasks.training.launch import ranks_lines
 from tasks.training.nodes.crew import PROTOCOL, Crew, crew_of, leading
-from tasks.training.nodes.party import NodeLostError, Party
+from tasks.training.nodes.party import DamagedError, NodeLostError, Party
 from tasks.training.nodes.wire import Message, Wire
 
 HELLO = {"say": "hello", "protocol": PROTOCOL, "name": "other", "slots": 2}
@@ -123,6 +123,42 @@ def test_a_node_that_is_told_to_end_has_the_run_save_first(crew: Crew, tmp_path:
         party.judge("pretrained", 7, is_asked=False)
     party.judge("pretrained", 7, is_asked=True)  # all are to end: there is nobody to go on
     party.judge("pretrained", None, is_asked=False)  # it had trained to its end before
+
+
+def test_a_checkpoint_is_waited_for_until_every_node_has_put_its_part(crew: Crew, tmp_path: Path) -> None:
+    other = reach(crew)
+    party, _ = party_of(crew, tmp_path)
+    files = {"rank-2.safetensors": {"num_bytes": 1, "digest": "0" * 64}}
+    party.ask_to_keep(5, files)
+    assert other.receive()
+    assert other.receive() == {"say": "keep", "party": party.number, "step": 5, "files": files}
+    other.send({"say": "kept", "party": party.number, "step": 4, "why": "of an earlier one"})
+    other.send({"say": "kept", "party": party.number, "step": 5, "why": None})
+    assert party.await_kept(5, lambda: False) is None
+    other.send({"say": "kept", "party": party.number, "step": 6, "why": "no space left"})
+    assert party.await_kept(6, lambda: False) == "node other (127.0.0.1): no space left"
+    other.close()
+    assert party.await_kept(7, lambda: False) == "node other (127.0.0.1) is gone"
+
+
+def test_a_checkpoint_that_is_not_wanted_any_more_is_not_waited_for(
+    crew: Crew, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tasks.training.nodes.party.ANSWER_SECONDS", 0.01)
+    other = reach(crew)
+    party, _ = party_of(crew, tmp_path)
+    assert party.await_kept(5, lambda: True) == "broken off"
+    other.close()
+
+
+def test_a_part_that_a_node_finds_damaged_is_a_reason_to_begin_from_another_checkpoint(crew: Crew, tmp_path: Path) -> None:
+    other = reach(crew)
+    party, stop_path = party_of(crew, tmp_path)
+    other.send({"say": "damaged", "party": party.number, "why": "checkpoint-5: rank-2.safetensors is missing"})
+    other.send({"say": "ended", "party": party.number, "code": 1})
+    assert heard(party, WAIT, stop_path)[1] == -9
+    with pytest.raises(DamagedError, match=r"^pretrained: checkpoint-5: rank-2\.safetensors is missing$"):
+        party.judge("pretrained", None, is_asked=False)
 
 
 def test_what_is_said_of_an_earlier_party_is_not_heard(crew: Crew, tmp_path: Path) -> None:

@@ -1,18 +1,14 @@
 """Trainings on network namespaces as nodes, with the gloo backend: as on one node, and on without a node that is lost."""
 
-import json
-import os
 import signal
-import subprocess
-import sys
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.training.netns import Nodes, can_make_nodes, nodes
+from tests.training.many import PATIENCE_SECONDS, Training, assert_equal, losses_alone, trainings
+from tests.training.netns import can_make_nodes
 from tests.training.one_node import CHECKPOINT_STEPS, NUM_STEPS
 
 pytestmark = [
@@ -21,94 +17,23 @@ pytestmark = [
     pytest.mark.skipif(not can_make_nodes(), reason="network namespaces take root and iproute2"),
 ]
 
-PATIENCE_SECONDS = 500
-# Of losses near 4, over all changes of ranks and stage in fp32: see docs/decisions/0008.
-NOISE = 1e-5
-
-
-class Training:
-    """A training on several nodes, all of whose stores are one folder. own: what a node is told beside that, by its number."""
-
-    def __init__(self, net: Nodes, folder: Path, zero: str, own: dict[int, Any] | None = None, **told: Any) -> None:
-        self.net, self.folder = net, folder
-        folder.mkdir()
-        number = len(net.names)
-        settings = {"host": net.address(0), "port": 29400, "least": number, "most": number, "settle": 1, "ranks": 1, "zero": zero}
-        self.told = {**settings, **told}
-        self.processes = {node: self.start(node, **(own or {}).get(node, {})) for node in range(number)}
-
-    def start(self, node: int, **told: Any) -> "subprocess.Popen[bytes]":
-        """Node 0 leads, the others join it."""
-        what = "join" if node else "lead"
-        arguments = ["-m", "tests.training.one_node", what, str(self.folder), json.dumps({**self.told, **told})]
-        return self.net.start(node, arguments, self.folder / f"{node}.log")
-
-    def await_step(self, step: int) -> None:
-        """Wait until node 0 has heard of this step."""
-        path = self.folder / "steps"
-        self.await_that(lambda: path.exists() and str(step) in path.read_text().split(), f"step {step}")
-
-    def await_that(self, holds: Callable[[], bool], what: str) -> None:
-        deadline = time.monotonic() + PATIENCE_SECONDS
-        while not holds():
-            assert time.monotonic() < deadline, f"{what}: not reached; {self.log(0)[-3000:]}"
-            time.sleep(0.05)
-
-    def kill(self, node: int, number: int = signal.SIGKILL) -> None:
-        self.processes[node].send_signal(number)
-
-    def log(self, node: int) -> str:
-        return (self.folder / f"{node}.log").read_text()
-
-    def end(self, *codes: int) -> dict[str, Any]:
-        """Wait until all have ended, with these exit codes; what node 0 tells."""
-        found = tuple(process.wait(PATIENCE_SECONDS) for process in self.processes.values())
-        assert found == codes, self.log(0)[-5000:]
-        told: dict[str, Any] = json.loads((self.folder / "result.json").read_text())
-        return told
-
-    def close(self) -> None:
-        for process in self.processes.values():
-            process.kill()
-            process.wait()
-
 
 @pytest.fixture
 def train(tmp_path: Path) -> Iterator[Callable[..., Training]]:
-    started: list[Training] = []
-    nets: list[Any] = []
-
-    def start(number: int, zero: str, **told: Any) -> Training:
-        nets.append(nodes(number))
-        started.append(Training(nets[-1].__enter__(), tmp_path / f"run-{len(started)}", zero, **told))
-        return started[-1]
-
-    yield start
-    for training in started:
-        training.close()
-    for net in nets:
-        net.__exit__(None, None, None)
+    with trainings(tmp_path) as start:
+        yield start
 
 
 @pytest.fixture(scope="module")
 def unbroken(tmp_path_factory: pytest.TempPathFactory) -> list[tuple[int, float]]:
-    """The losses of one rank on one machine."""
-    folder = tmp_path_factory.mktemp("alone")
-    command = ["-m", "tests.training.one_node", "lead", str(folder)]
-    told = {"host": "127.0.0.1", "port": 0, "least": 1, "most": 1, "settle": 0, "ranks": 1, "zero": "zero2"}
-    subprocess.run([sys.executable, *command, json.dumps(told)], check=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
-    losses: list[tuple[int, float]] = json.loads((folder / "result.json").read_text())["losses"]
+    losses = losses_alone(tmp_path_factory.mktemp("alone"))
+    assert len(losses) == NUM_STEPS
     return losses
 
 
 def is_resumed(told: dict[str, Any]) -> bool:
     """From a checkpoint in the middle: which one it is depends on how soon the loss was seen."""
     return told["resumed_from"] in range(CHECKPOINT_STEPS, NUM_STEPS, CHECKPOINT_STEPS)
-
-
-def assert_equal(losses: list[Any], expected: list[Any]) -> None:
-    assert [step for step, _ in losses] == [step for step, _ in expected] == list(range(1, NUM_STEPS + 1))
-    assert [loss for _, loss in losses] == pytest.approx([loss for _, loss in expected], abs=NOISE, rel=0)
 
 
 @pytest.mark.parametrize(

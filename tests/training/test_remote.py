@@ -1,0 +1,261 @@
+"""Checkpoints in a bucket, which here is a folder that speaks like one: whole or not there."""
+
+import logging
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tasks.errors import StoreError
+from tasks.machine import Machine, quiet
+from tasks.store import SharedStore, digest_file, digest_json
+from tasks.training.checkpoints import newest_checkpoint, read_manifest
+from tasks.training.remote import KEPT, METRICS, RemoteCheckpoints, check_files, check_manifest, remote_at, sweep_remote
+from tasks.training.resuming import needed_files, newest_anywhere, take_up_metrics
+from tests.training.sealing import seal
+from tests.training.small_inputs import InputSpec, build_tokenizer
+
+KEY = "a" * 64
+FACTS = {"data": "d" * 64, "spec": {"seed": 0}, "num_ranks": 2, "zero_stage": 3}
+PARTS = ("rank-0.safetensors", "rank-1.safetensors", "progress.json")
+
+
+def nothing(amount: int) -> None:
+    pass
+
+
+@pytest.fixture
+def open_remote(tmp_path: Path) -> Callable[[], RemoteCheckpoints]:
+    """As a machine opens it that knows nothing yet."""
+    return lambda: RemoteCheckpoints(SharedStore(f"file://{tmp_path}/bucket", tmp_path / "cache"), "pretrained", KEY)
+
+
+@pytest.fixture
+def remote(open_remote: Callable[[], RemoteCheckpoints]) -> RemoteCheckpoints:
+    return open_remote()
+
+
+def saved(root: Path, step: int, salt: str = "") -> Path:
+    """A whole checkpoint here."""
+    folder = root / f"checkpoint-{step}"
+    folder.mkdir(parents=True)
+    for name in PARTS:
+        (folder / name).write_text(f"{name} {step} {salt}")
+    seal(folder, {**FACTS, "step": step})
+    return folder
+
+
+def kept(remote: RemoteCheckpoints, folder: Path, metrics: bytes = b"") -> None:
+    manifest = read_manifest(folder)
+    remote.put(folder, manifest["facts"]["step"], manifest["files"], nothing)
+    remote.keep(manifest, metrics)
+
+
+def steps(remote: RemoteCheckpoints) -> list[int]:
+    return [one.step for one in remote.kept()]
+
+
+def objects(remote: RemoteCheckpoints) -> list[str]:
+    """Below the training's folder, without digests."""
+    names = (one.name.removeprefix(f"{remote.folder}/").split("/") for one in remote.bucket.objects(remote.folder))
+    return sorted("/".join(part for part in name if len(part) != 64) for name in names)
+
+
+def of_step(step: int) -> list[str]:
+    return sorted(f"checkpoint-{step}/{name}" for name in (METRICS, *PARTS))
+
+
+def damage(remote: RemoteCheckpoints, folder: Path, name: str, data: bytes) -> None:
+    remote.bucket.put(f"{remote.folder}/{folder.name}/{digest_file(folder / name)}/{name}", data)
+
+
+def test_parts_alone_are_no_checkpoint_and_are_removed_when_the_training_begins_again(
+    remote: RemoteCheckpoints, tmp_path: Path
+) -> None:
+    folder = saved(tmp_path, 5)
+    remote.put(folder, 5, read_manifest(folder)["files"], nothing)
+    assert steps(remote) == []
+    assert len(objects(remote)) == len(PARTS)
+    remote.begin(0)
+    assert objects(remote) == []
+
+
+def test_what_is_kept_is_what_another_machine_finds(
+    remote: RemoteCheckpoints, open_remote: Callable[[], RemoteCheckpoints], tmp_path: Path
+) -> None:
+    folder = saved(tmp_path, 5)
+    kept(remote, folder, b'{"step": 5}\n')
+    (found,) = open_remote().kept()
+    assert found.manifest == read_manifest(folder)
+    assert open_remote().metrics(found) == b'{"step": 5}\n'
+
+
+def test_a_part_that_never_arrived_keeps_the_checkpoint_from_being(remote: RemoteCheckpoints, tmp_path: Path) -> None:
+    kept(remote, saved(tmp_path, 4))
+    folder = saved(tmp_path, 5)
+    manifest = read_manifest(folder)
+    (folder / "rank-1.safetensors").unlink()
+    remote.put(folder, 5, manifest["files"], nothing)
+    with pytest.raises(StoreError, match=r"checkpoint-5: rank-1\.safetensors is not there; give all nodes the same"):
+        remote.keep(manifest, b"")
+    assert steps(remote) == [4]
+
+
+def test_the_newest_two_are_kept_and_nothing_of_older_ones_is_left(remote: RemoteCheckpoints, tmp_path: Path) -> None:
+    for step in (1, 2, 3):
+        kept(remote, saved(tmp_path, step))
+    assert steps(remote) == [3, 2]
+    assert objects(remote) == sorted([*of_step(2), *of_step(3), KEPT])
+
+
+def test_a_step_made_again_takes_the_place_of_the_one_before(remote: RemoteCheckpoints, tmp_path: Path) -> None:
+    for name in ("first", "second"):
+        folder = saved(tmp_path / name, 5, salt=name)
+        kept(remote, folder)
+    assert [one.manifest for one in remote.kept()] == [read_manifest(folder)]
+    assert objects(remote) == sorted([*of_step(5), KEPT])
+
+
+def test_what_is_about_to_be_trained_again_is_forgotten(remote: RemoteCheckpoints, tmp_path: Path) -> None:
+    for step in (1, 2):
+        kept(remote, saved(tmp_path, step))
+    remote.begin(1)
+    assert steps(remote) == [1]
+    assert objects(remote) == sorted([*of_step(1), KEPT])
+
+
+def test_a_run_that_another_has_taken_over_from_keeps_nothing_more(
+    remote: RemoteCheckpoints, open_remote: Callable[[], RemoteCheckpoints], tmp_path: Path
+) -> None:
+    kept(remote, saved(tmp_path, 1))
+    other = open_remote()
+    other.kept()
+    kept(other, saved(tmp_path, 2))
+    for step in (3, 4):
+        with pytest.raises(StoreError, match="another run keeps this training's checkpoints by now; end one of the two"):
+            kept(remote, saved(tmp_path, step))
+    assert steps(open_remote()) == [2, 1]
+
+
+@pytest.mark.parametrize("data", [b"", b"{", b"[1]", b'[{"manifest": {"facts": {}, "files": {}, "digest": ""}, "metrics": {}}]'])
+def test_what_cannot_be_read_counts_as_none_and_is_named(
+    remote: RemoteCheckpoints, data: bytes, caplog: pytest.LogCaptureFixture
+) -> None:
+    remote.bucket.put(f"{remote.folder}/{KEPT}", data)
+    assert steps(remote) == []
+    assert f"{remote.address}/{KEPT}: unreadable" in caplog.text
+
+
+@pytest.mark.parametrize("name", ["../rank-0.safetensors", "/etc/x.json", "a/b.json", ".x.json", "rank-0.pt", ""])
+def test_names_that_lead_out_of_a_folder_are_refused(name: str) -> None:
+    files = {name: {"num_bytes": 1, "digest": "0" * 64}}
+    body = {"facts": {"step": 1}, "files": files}
+    with pytest.raises(ValueError, match="is no part of a checkpoint"):
+        check_manifest({**body, "digest": digest_json(body)})
+    with pytest.raises(ValueError, match="is no part of a checkpoint"):
+        check_files({"progress.json": {"num_bytes": 1, "digest": "../x"}})
+
+
+@pytest.mark.parametrize(("kind", "key"), [("..", KEY), ("pretrained", ".."), ("pretrained", None), ("Pre", KEY)])
+def test_a_place_that_is_no_artifacts_is_refused(remote: RemoteCheckpoints, kind: Any, key: Any) -> None:
+    with pytest.raises(ValueError, match="/"):
+        remote_at(remote.store, kind, key)
+    assert remote_at(remote.store, "pretrained", KEY).folder == remote.folder
+
+
+def test_under_zero_3_with_as_many_ranks_a_node_needs_its_own_ranks_files() -> None:
+    files = {name: {} for name in (*(f"rank-{rank}.safetensors" for rank in range(4)), "progress.json")}
+    manifest = {"files": files, "facts": {"num_ranks": 4, "zero_stage": 3}}
+    assert needed_files(manifest, {"num_ranks": 4, "zero_stage": 3}, range(2, 4)) == [
+        "rank-2.safetensors", "rank-3.safetensors", "progress.json",
+    ]  # fmt: skip
+    for facts in ({"num_ranks": 2, "zero_stage": 3}, {"num_ranks": 4, "zero_stage": 2}):
+        assert needed_files(manifest, facts, range(2)) == list(files)
+
+
+def find(root: Path, remote: RemoteCheckpoints, ranks: range = range(2)) -> Path | None:
+    return newest_anywhere(root, remote, FACTS, ranks, quiet)
+
+
+def test_a_machine_with_an_empty_disk_fetches_the_newest_and_has_it_whole(remote: RemoteCheckpoints, tmp_path: Path) -> None:
+    for step in (1, 2):
+        kept(remote, saved(tmp_path / "there", step))
+    here = tmp_path / "here"
+    assert find(here, remote) == here / "checkpoint-2"
+    assert newest_checkpoint(here, FACTS) == here / "checkpoint-2"
+    assert sorted(path.name for path in (here / "checkpoint-2").iterdir()) == sorted((*PARTS, "manifest.json"))
+
+
+def test_a_node_of_several_fetches_what_its_ranks_read(remote: RemoteCheckpoints, tmp_path: Path) -> None:
+    kept(remote, saved(tmp_path / "there", 1))
+    assert find(tmp_path / "here", remote, range(1, 2)) == tmp_path / "here" / "checkpoint-1"
+    assert sorted(path.name for path in (tmp_path / "here" / "checkpoint-1").glob("rank-*")) == ["rank-1.safetensors"]
+
+
+def test_a_newer_one_on_this_disk_comes_before_the_buckets(remote: RemoteCheckpoints, tmp_path: Path) -> None:
+    kept(remote, saved(tmp_path / "there", 1))
+    newer = saved(tmp_path / "here", 2)
+    assert find(tmp_path / "here", remote) == newer
+
+
+def test_what_a_disk_has_of_a_checkpoint_is_not_fetched_again(
+    remote: RemoteCheckpoints, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Of a node that wrote one rank's part of it. The bucket's copy of that is damaged, to show that nobody looks at it."""
+    here = saved(tmp_path / "here", 1)
+    kept(remote, here)
+    damage(remote, here, "rank-0.safetensors", b"another")
+    (here / "rank-1.safetensors").unlink()
+    assert find(tmp_path / "here", remote) == here
+    assert newest_checkpoint(tmp_path / "here", FACTS) == here
+    assert not [record for record in caplog.records if record.levelno == logging.WARNING]
+
+
+@pytest.mark.parametrize(
+    ("data", "reason"),
+    [
+        (b"short", "rank-1.safetensors is missing or shorter than its manifest says"),
+        (b"rank-1.safetensors 2!", "rank-1.safetensors has another digest than its manifest says"),
+    ],
+)
+def test_a_damaged_one_is_passed_over_for_the_one_before(
+    remote: RemoteCheckpoints, tmp_path: Path, caplog: pytest.LogCaptureFixture, data: bytes, reason: str
+) -> None:
+    for step in (1, 2):
+        kept(remote, folder := saved(tmp_path / "there", step))
+    damage(remote, folder, "rank-1.safetensors", data)
+    here = tmp_path / "here"
+    assert find(here, remote) == here / "checkpoint-1"
+    assert f"{remote.address}/checkpoint-2: passed over: {reason}" in caplog.text
+    assert not (here / "checkpoint-2" / "manifest.json").exists()
+    assert steps(remote) == [2, 1]  # until the training has begun from the other
+    remote.begin(1)
+    assert steps(remote) == [1]
+
+
+def test_one_of_another_spec_is_refused(remote: RemoteCheckpoints, tmp_path: Path) -> None:
+    kept(remote, saved(tmp_path / "there", 1))
+    with pytest.raises(StoreError, match=rf"written with spec\.seed 0 \(now 1\); delete {remote.address} to start over"):
+        newest_anywhere(tmp_path / "here", remote, {**FACTS, "spec": {"seed": 1}}, range(2), quiet)
+
+
+def test_the_reports_of_the_steps_before_come_along(remote: RemoteCheckpoints, tmp_path: Path) -> None:
+    there = b'{"step": 1}\n{"step": 2}\n'
+    kept(remote, saved(tmp_path / "there", 2), there)
+    path = tmp_path / "metrics.jsonl"
+    take_up_metrics(path, remote, 2)
+    assert path.read_bytes() == there
+    own = b'{"step": 1, "own": 1}\n{"step": 2, "own": 1}\n{"step": 3, "own": 1}\n'
+    path.write_bytes(own)
+    take_up_metrics(path, remote, 2)
+    assert path.read_bytes() == own
+
+
+def test_checkpoints_of_what_is_built_are_deleted_and_no_others(remote: RemoteCheckpoints, tmp_path: Path) -> None:
+    kept(remote, saved(tmp_path, 1))
+    built = build_tokenizer(remote.store, Machine(), InputSpec())
+    done = RemoteCheckpoints(remote.store, built.kind, built.key)
+    kept(done, saved(tmp_path / "done", 1))
+    sweep_remote(remote.store)
+    assert (objects(done), steps(remote)) == ([], [1])

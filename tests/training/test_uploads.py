@@ -1,0 +1,205 @@
+"""Checkpoints on their way into a bucket, beside a training that is made up."""
+
+import logging
+import queue
+import shutil
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from tasks.errors import SettingsError, StoreError
+from tasks.store import ArtifactStore, SharedStore
+from tasks.training.checkpoints import read_manifest
+from tasks.training.remote import Files, RemoteCheckpoints
+from tasks.training.share import Share, own_folder
+from tasks.training.uploads import LINKS, Uploads
+from tests.training.test_remote import KEY, PARTS, saved, steps
+
+WAIT_SECONDS = 20.0
+
+
+class Line(RemoteCheckpoints):
+    """A bucket behind a line that is told, for every checkpoint, to let it through ("pass") or to be down."""
+
+    def __init__(self, store: SharedStore) -> None:
+        super().__init__(store, "pretrained", KEY)
+        self.begun: queue.Queue[int] = queue.Queue()
+        self.fates: queue.Queue[str] = queue.Queue()
+
+    def put(self, folder: Path, step: int, files: Files, advance: Callable[[int], None]) -> None:
+        self.begun.put(step)
+        if self.fates.get(timeout=WAIT_SECONDS) == "down":
+            raise StoreError("no answer")
+        super().put(folder, step, files, advance)
+
+
+class Others:
+    """Other nodes, which say what they are told to."""
+
+    def __init__(self, problem: str | None) -> None:
+        self.problem, self.asked = problem, list[int]()
+
+    def ask_to_keep(self, step: int, files: Files) -> None:
+        self.asked.append(step)
+
+    def await_kept(self, step: int, is_ended: Callable[[], bool]) -> str | None:
+        return self.problem
+
+
+@pytest.fixture
+def line(tmp_path: Path) -> Line:
+    return Line(SharedStore(f"file://{tmp_path}/bucket", tmp_path / "cache"))
+
+
+@pytest.fixture
+def start(line: Line, tmp_path: Path) -> Iterator[Callable[..., Uploads]]:
+    started: list[Uploads] = []
+
+    def start(others: Others | None = None) -> Uploads:
+        started.append(Uploads(line, tmp_path, kept_step=0, metrics=lambda step: b"%d" % step, others=others))
+        return started[-1]
+
+    yield start
+    for uploads in started:
+        uploads.end()
+    for _ in range(9):
+        line.fates.put("down")
+
+
+def test_the_newest_goes_next_and_those_between_are_passed_over(
+    line: Line, start: Callable[..., Uploads], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    uploads = start()
+    with caplog.at_level(logging.INFO):
+        for step in (1, 2, 3):
+            saved(tmp_path, step)
+            uploads.add(step)
+            if step == 1:
+                assert line.begun.get(timeout=WAIT_SECONDS) == 1
+        line.fates.put("pass")
+        line.fates.put("pass")
+        uploads.finish(WAIT_SECONDS)
+    assert line.begun.get_nowait() == 3
+    assert steps(line) == [3, 1]
+    assert "checkpoint-2: not put into the bucket: checkpoint-3 is newer" in caplog.text
+    assert "checkpoint-3: in the bucket after" in caplog.text
+
+
+def test_what_is_pruned_while_it_is_sent_arrives_whole(line: Line, start: Callable[..., Uploads], tmp_path: Path) -> None:
+    uploads, folder = start(), saved(tmp_path, 1)
+    manifest = read_manifest(folder)
+    uploads.add(1)
+    assert line.begun.get(timeout=WAIT_SECONDS) == 1
+    shutil.rmtree(folder)
+    line.fates.put("pass")
+    uploads.finish(WAIT_SECONDS)
+    assert [one.manifest for one in line.kept()] == [manifest]
+    assert list(tmp_path.glob(f"{LINKS}*")) == []
+
+
+def test_a_bucket_that_is_down_is_told_of_and_the_next_checkpoint_is_tried(
+    line: Line, start: Callable[..., Uploads], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    uploads = start()
+    for step, fate in ((1, "down"), (2, "pass")):
+        saved(tmp_path, step)
+        line.fates.put(fate)
+        uploads.add(step)
+        assert line.begun.get(timeout=WAIT_SECONDS) == step
+    uploads.finish(WAIT_SECONDS)
+    said = "checkpoint-1: not put into the bucket (no answer); training goes on, the next one is tried; none is there yet"
+    assert said in caplog.text
+    assert steps(line) == [2]
+
+
+def test_at_the_end_the_last_one_that_failed_is_tried_once_more(
+    line: Line, start: Callable[..., Uploads], tmp_path: Path
+) -> None:
+    uploads = start()
+    saved(tmp_path, 1)
+    line.fates.put("down")
+    uploads.add(1)
+    assert line.begun.get(timeout=WAIT_SECONDS) == 1
+    line.fates.put("pass")
+    uploads.finish(WAIT_SECONDS)
+    assert steps(line) == [1]
+
+
+def test_the_end_is_waited_for_no_longer_than_it_is_given(
+    line: Line, start: Callable[..., Uploads], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    uploads = start()
+    saved(tmp_path, 1)
+    uploads.add(1)
+    assert line.begun.get(timeout=WAIT_SECONDS) == 1
+    uploads.finish(0.01)
+    assert "checkpoint-1: not in the bucket after 0 s; none is there yet" in caplog.text
+
+
+def test_what_is_broken_off_leaves_no_checkpoint(line: Line, start: Callable[..., Uploads], tmp_path: Path) -> None:
+    uploads = start()
+    saved(tmp_path, 1)
+    uploads.add(1)
+    assert line.begun.get(timeout=WAIT_SECONDS) == 1
+    uploads.end()
+    line.fates.put("pass")
+    uploads.finish(WAIT_SECONDS)
+    assert steps(line) == []
+
+
+@pytest.mark.parametrize(("problem", "there"), [(None, [1]), ("node b is gone", [])])
+def test_a_checkpoint_of_several_nodes_is_there_once_all_have_put_their_part(
+    line: Line, start: Callable[..., Uploads], tmp_path: Path, problem: str | None, there: list[int]
+) -> None:
+    others = Others(problem)
+    uploads = start(others)
+    saved(tmp_path, 1)
+    for _ in range(2):
+        line.fates.put("pass")
+    uploads.add(1)
+    uploads.finish(WAIT_SECONDS)
+    assert steps(line) == there
+    assert set(others.asked) == {1}
+
+
+def test_a_node_puts_its_own_part_and_fetches_what_it_needs(line: Line, tmp_path: Path) -> None:
+    line.sign("here")
+    folder = saved(tmp_path / "node" / "pretrained" / KEY, 1)
+    manifest = read_manifest(folder)
+    share = Share(line.store, tmp_path / "node", {"kind": "pretrained", "key": KEY, "sign": "here", "resume": None})
+    for name in PARTS[1:]:
+        (folder / name).unlink()
+    assert share.send(1, manifest["files"]) is None
+    found = [one.name.split("/")[-1] for one in line.bucket.objects(f"{line.folder}/checkpoint-1")]
+    assert found == ["rank-0.safetensors"]
+    assert "is no part of a checkpoint" in str(share.send(1, {"../x": manifest["files"]["progress.json"]}))
+
+
+def test_a_node_with_another_store_is_refused(line: Line, tmp_path: Path) -> None:
+    line.sign("here")
+    told = {"kind": "pretrained", "key": KEY, "sign": "here", "resume": None}
+    with pytest.raises(SettingsError, match="give all nodes the same SEQMILL_STORE and SEQMILL_CHECKPOINTS"):
+        Share(ArtifactStore(tmp_path), tmp_path, told)
+    with pytest.raises(SettingsError, match="is not where the node that leads keeps checkpoints"):
+        Share(SharedStore(f"file://{tmp_path}/other", tmp_path / "cache"), tmp_path, told)
+
+
+def test_the_folder_of_a_process_goes_with_it_and_a_dead_ones_with_the_next(tmp_path: Path) -> None:
+    with own_folder(tmp_path) as first:
+        dead = first.with_name(f"{first.name}-dead")
+        dead.mkdir()
+        (dead / "checkpoint-1").mkdir()
+        dead.with_suffix(".lock").touch()
+        with own_folder(tmp_path) as second:
+            assert (first.exists(), second.exists(), dead.exists()) == (True, True, False)
+    assert list((tmp_path / ".joined").iterdir()) == []
+
+
+def test_an_upload_ends_with_its_thread(start: Callable[..., Uploads]) -> None:
+    start().end()
+    for thread in threading.enumerate():
+        if thread.name == "uploads":
+            thread.join(WAIT_SECONDS)
+    assert "uploads" not in {thread.name for thread in threading.enumerate()}
