@@ -119,16 +119,6 @@ class Settings(BaseSettings):
             )
         return ArtifactStore(self.store_root)
 
-    def open_local_store(self, command: str) -> ArtifactStore:
-        """The store, for a command that must know of all its runs. Raises SettingsError for a shared one."""
-        store = self.open_store()
-        if isinstance(store, SharedStore):
-            raise SettingsError(
-                f"{command}: {store.address} is a shared store, of which no machine knows all runs; "
-                "name a local store with --store, or let the bucket's own rules expire what is old"
-            )
-        return store
-
     @property
     def deepspeed_path(self) -> Path | None:
         """The DeepSpeed JSON file that is meant, None for "auto". Raises SettingsError where there is none."""

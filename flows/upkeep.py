@@ -15,7 +15,8 @@ from flows.verify import Verified, verify
 from tasks.errors import StoreError
 from tasks.live import Live
 from tasks.report.numbers import size
-from tasks.store.gc import Collected, collect
+from tasks.store.collect import collect_store
+from tasks.store.gc import Collected
 
 HOUR = 3600.0
 
@@ -49,12 +50,12 @@ def gc_flow(
         dry_run: say what would go, and leave it
     """
     with under_worker():
-        store = load_settings().open_local_store("gc-flow")
-        collected = collect(store, keep_last=keep_last, grace_seconds=grace_hours * HOUR, dry_run=dry_run)
+        store = load_settings().open_store()
+        collected = collect_store(store, keep_last=keep_last, grace_seconds=grace_hours * HOUR, dry_run=dry_run)
         _show_collected(collected)
         would = "would be " if dry_run else ""
         moved, deleted = size(collected.taken_bytes), size(collected.deleted_bytes)
-        return Completed(message=f"{moved} {would}moved to the trash, {deleted} {would}deleted from it")
+        return Completed(message=f"{moved} {would}moved to the trash, {deleted} {would}deleted")
 
 
 def _show_damaged(verified: Verified) -> None:

@@ -58,7 +58,7 @@ class Index:
     """Every folder of the store that should be an artifact, with its manifest where that can be read."""
 
     def __init__(self, store: ArtifactStore) -> None:
-        refs = [(kind, key) for kind in store.kinds() for key in store.keys(kind)]
+        refs = store.refs()
         folders = [store.root / kind / key for kind, key in refs]
         self.store = store
         self.artifacts = dict(zip(folders, store.load_all(refs), strict=True))

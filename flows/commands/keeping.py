@@ -9,6 +9,7 @@ from rich.markup import escape
 from flows.commands.common import JsonOption, StoreOption, print_json, print_table
 from flows.console import out
 from flows.settings import load_settings
+from tasks.errors import SettingsError
 from tasks.report.numbers import duration, size
 from tasks.store import SharedStore
 
@@ -46,7 +47,7 @@ def unpin(refs: RefsArgument, store: StoreOption = None) -> None:
 
     artifacts = load_settings(store=store).open_store()
     for artifact in [artifacts.resolve(ref) for ref in refs]:
-        _say(f"{artifact.ref}: {'unpinned' if unpin_artifact(artifacts.notes, artifact) else 'was not pinned'}")
+        _say(f"{artifact.short}: {'unpinned' if unpin_artifact(artifacts.notes, artifact) else 'was not pinned'}")
 
 
 @commands.command()
@@ -61,49 +62,62 @@ def gc(
 ) -> None:
     """Move what no pin and no recent run needs into the trash, and delete what has lain there for the grace.
 
-    Of a shared store, delete this machine's copies that nothing has used for the grace.
+    Of a store in a bucket, what every machine's runs, pins and living processes need is kept; two hours are the least grace.
     """
-    from tasks.store.gc import collect
+    from tasks.store.collect import collect_store
 
-    settings = load_settings(store=store)
-    if isinstance(shared := settings.open_store(), SharedStore):
-        _trim(shared, grace, dry_run, as_json)
-        return
-    artifacts = settings.open_local_store("gc")
-    collected = collect(artifacts, keep_last=keep_last, grace_seconds=grace * HOUR, dry_run=dry_run)
+    artifacts = load_settings(store=store).open_store()
+    collected = collect_store(artifacts, keep_last=keep_last, grace_seconds=grace * HOUR, dry_run=dry_run)
     if as_json:
         print_json(collected.row())
         return
     print_table(
         ["collected", "number", "size"], [[taken.what, f"{taken.number:,}", size(taken.num_bytes)] for taken in collected.taken]
     )
+    if collected.deleted:
+        rows = [[gone.what, f"{gone.number:,}", size(gone.num_bytes)] for gone in collected.deleted]
+        print_table(["deleted", "number", "size"], rows)
     would = "would be " if dry_run else ""
-    _say(f"{size(collected.taken_bytes)} {would}moved to the trash; {size(collected.deleted_bytes)} {would}deleted from it")
+    _say(f"{size(collected.taken_bytes)} {would}moved to the trash; {size(collected.deleted_bytes)} {would}deleted")
     kept = f"{collected.num_kept:,} artifacts and shards kept"
     _say(f"{kept}, {collected.num_in_use:,} of them only for having been used lately" if collected.num_in_use else kept)
     if collected.in_use_since:
-        since = datetime.fromtimestamp(collected.in_use_since).astimezone().isoformat(timespec="seconds")
-        _say(f"a process has used the store since {since}: nothing that was used since is collected")
+        _say(f"a process has used the store since {_when(collected.in_use_since)}: nothing that was used since is collected")
     if collected.unfinished_since:
-        since = datetime.fromtimestamp(collected.unfinished_since).astimezone().isoformat(timespec="seconds")
+        since = _when(collected.unfinished_since)
         _say(f"a run that began {since} has not come to its end: nothing that was used since is collected")
     if collected.trash_bytes and not dry_run:
-        _say(
-            f"{size(collected.trash_bytes)} in the trash, deleted by a gc in {duration(grace * HOUR)} or later, or with --grace 0"
+        soonest = "" if isinstance(artifacts, SharedStore) else ", or with --grace 0"
+        grace_told = duration(collected.grace_seconds)
+        _say(f"{size(collected.trash_bytes)} in the trash, deleted by a gc in {grace_told} or later{soonest}")
+
+
+@commands.command()
+def trim(
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="say what would go, and leave it")] = False,
+    grace: Annotated[float, typer.Option(help="hours that a copy lies unused before it goes", min=0)] = 24.0,
+    store: StoreOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Delete this machine's copies of a shared store that nothing has used for the grace; they come again when asked for."""
+    from tasks.store.trim import trim as trim_cache
+
+    artifacts = load_settings(store=store).open_store()
+    if not isinstance(artifacts, SharedStore):
+        raise SettingsError(
+            f"trim: {artifacts.address} is no shared store, and holds no copies; `seqmill gc` gives its room back"
         )
-
-
-def _trim(store: SharedStore, grace: float, dry_run: bool, as_json: bool) -> None:
-    """Give room back in the cache: no machine knows what others need of the bucket."""
-    from tasks.store.trim import trim
-
-    trimmed = trim(store.root, 0, unused_seconds=grace * HOUR, dry_run=dry_run)
+    trimmed = trim_cache(artifacts.root, 0, unused_seconds=grace * HOUR, dry_run=dry_run)
     if as_json:
-        print_json({"cache": str(store.root), "is_dry_run": dry_run, **vars(trimmed)})
+        print_json({"cache": str(artifacts.root), "is_dry_run": dry_run, **vars(trimmed)})
         return
     would = "would be " if dry_run else ""
-    _say(f"{store.root}: {trimmed.number:,} copies of {size(trimmed.num_bytes)} {would}deleted, {size(trimmed.kept_bytes)} kept")
-    _say(f"{store.address} itself is left alone: no machine knows all runs; let the bucket's own rules expire what is old")
+    copies = f"{trimmed.number:,} copies of {size(trimmed.num_bytes)}"
+    _say(f"{artifacts.root}: {copies} {would}deleted, {size(trimmed.kept_bytes)} kept")
+
+
+def _when(seconds: float) -> str:
+    return datetime.fromtimestamp(seconds).astimezone().isoformat(timespec="seconds")
 
 
 def _say(line: str) -> None:

@@ -16,8 +16,8 @@ from tasks.errors import SettingsError, StoreError
 from tasks.store import Artifact, Manifest, SharedStore
 from tasks.store.artifact import MANIFEST_NAME
 from tasks.store.bucket import Patience
+from tasks.store.fetched import SharedArtifact
 from tasks.store.origin import environment
-from tasks.store.shared import SharedArtifact
 
 
 class Cache(NamedTuple):

@@ -30,8 +30,9 @@ def load_shard(store: ArtifactStore, entry: ShardEntry) -> Artifact:
 def load_shards(store: ArtifactStore, entries: Sequence[ShardEntry]) -> list[Artifact]:
     """The artifacts of listed shards. Raises StoreError where the store lost one."""
     artifacts = store.load_all([(entry.kind, entry.key) for entry in entries])
-    for entry, artifact in zip(entries, artifacts, strict=True):
-        if artifact is None:
+    for i, entry in enumerate(entries):
+        artifacts[i] = artifacts[i] or store.rescue(entry.kind, entry.key)
+        if artifacts[i] is None:
             store.lose_shard(entry.kind, entry.key)
             raise StoreError(
                 f"{store.address}: shard {entry.name} ({entry.kind}/{entry.key[:12]}) is missing; run again to rebuild it"

@@ -316,6 +316,11 @@ def connect(url: str, endpoint: str | None, patience: Patience) -> "ObjectStore"
     return store
 
 
+def is_url(store: str) -> bool:
+    """Whether a store's address is that of a shared one."""
+    return store.partition("://")[0] in SCHEMES and "://" in store
+
+
 def _in_one_line(error: Exception) -> str:
     """What an error says, without the server's XML, which may hold the name of a credential, and without the long address."""
     text = re.sub(r"https?://\S+ ?", "", str(error).split("Debug source")[0].split("<")[0])

@@ -18,8 +18,11 @@ from datetime import datetime
 from pathlib import Path
 
 from tasks.errors import StoreError
+from tasks.machine import Advance
 from tasks.store.artifact import MANIFEST_NAME, Artifact, FileEntry, Manifest
-from tasks.store.digest import Digest, digest_bytes, fsync_path, write_atomically
+from tasks.store.bucket import Bucket
+from tasks.store.digest import Digest, digest_bytes, digest_file, fsync_path, write_atomically
+from tasks.store.layout import file_name
 from tasks.store.store import is_at
 
 FETCHING, HOLDER = ".fetching", ".holder"
@@ -105,6 +108,24 @@ def forget(partial: Path) -> None:
 def is_whole(path: Path, entry: FileEntry) -> bool:
     """Whether a file is there, by its size: what was fetched was checked, and on disk before it got its name."""
     return path.is_file() and path.stat().st_size == entry.num_bytes
+
+
+def has_digest(path: Path, entry: FileEntry) -> bool:
+    """Whether a file is there with the bytes that its entry says, read through."""
+    return is_whole(path, entry) and digest_file(path) == entry.digest
+
+
+def download(bucket: Bucket, artifact: Artifact, entry: FileEntry, partial: Path, advance: Advance) -> str | None:
+    """What is wrong with a file in the bucket, in one line; None where ``partial`` now has its bytes."""
+    found = bucket.download(file_name(artifact.manifest, entry), partial, entry.num_bytes, advance)
+    if found is None:
+        problem = f"{entry.name} is missing or shorter than its manifest says ({entry.num_bytes} bytes)"
+    elif found != entry.digest:
+        problem = f"{entry.name} has the digest {found[:12]}, its manifest says {entry.digest[:12]}"
+    else:
+        return None
+    forget(partial)
+    return problem
 
 
 def _date(folder: Path, manifest: Manifest) -> None:

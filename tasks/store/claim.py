@@ -72,7 +72,7 @@ def _take(bucket: Bucket, folder: str, own: Holder) -> int:
     if _create(bucket, f"{folder}/0", own):  # as nearly always
         return 0
     seen: tuple[int, Holder] | None = None
-    since, is_told = _now(), False
+    since, is_told = boot_seconds(), False
     while True:
         now = _newest(bucket, folder)
         if now is None or _is_dead(now, seen, since, own):
@@ -81,7 +81,7 @@ def _take(bucket: Bucket, folder: str, own: Holder) -> int:
                 return term
             continue
         if now != seen:
-            seen, since = now, _now()
+            seen, since = now, boot_seconds()
         if not is_told:
             log.info("%s: %s builds it; waiting", folder.removeprefix(f"{CLAIMS}/")[:24], now[1].host)
             is_told = True
@@ -89,7 +89,7 @@ def _take(bucket: Bucket, folder: str, own: Holder) -> int:
 
 
 def _is_dead(now: tuple[int, Holder], seen: tuple[int, Holder] | None, since: float, own: Holder) -> bool:
-    return now[1].cache == own.cache or (now == seen and _now() - since >= now[1].seconds)
+    return now[1].cache == own.cache or (now == seen and boot_seconds() - since >= now[1].seconds)
 
 
 def _newest(bucket: Bucket, folder: str) -> tuple[int, Holder] | None:
@@ -114,7 +114,7 @@ def _release(bucket: Bucket, folder: str, term: int) -> None:
         log.warning("%s; the claim ends by itself", error)
 
 
-def _now() -> float:
+def boot_seconds() -> float:
     """Seconds that go on while the machine is suspended, unlike Python's monotonic ones on Linux."""
     return time.clock_gettime(time.CLOCK_BOOTTIME) if sys.platform == "linux" else time.monotonic()
 
@@ -129,17 +129,17 @@ class _Renewal(threading.Thread):
         self._ended = threading.Event()
 
     def run(self) -> None:
-        renewed = _now()
+        renewed = boot_seconds()
         while not self._ended.wait(self.own.seconds / RENEWALS):
             try:
                 # A process that slept past its time (a suspended laptop) must not write to a term that may be another's by now.
-                if _now() - renewed >= self.own.seconds or self.bucket.get(f"{self.folder}/{self.term + 1}"):
+                if boot_seconds() - renewed >= self.own.seconds or self.bucket.get(f"{self.folder}/{self.term + 1}"):
                     self.is_lost = True
                     log.warning("%s: the claim was lost to another builder; the first to finish is kept", self.folder)
                     return
                 self.own = replace(self.own, count=self.own.count + 1)
                 self.bucket.put(f"{self.folder}/{self.term}", self.own.spelled())
-                renewed = _now()
+                renewed = boot_seconds()
             except StoreError as error:
                 log.warning("%s; the claim is not renewed for now", error)
 

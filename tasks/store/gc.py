@@ -55,13 +55,15 @@ class Collected:
     unfinished_since: float | None  # when the earliest run began that stopped on its way
     deleted_bytes: int
     trash_bytes: int
+    deleted: tuple[Taken, ...] = ()  # of a bucket: what was deleted, by what it is
 
     @property
     def taken_bytes(self) -> int:
         return sum(taken.num_bytes for taken in self.taken)
 
     def row(self) -> dict[str, Any]:
-        return {**vars(self), "taken": [vars(taken) for taken in self.taken], "taken_bytes": self.taken_bytes}
+        lists = {"taken": [vars(one) for one in self.taken], "deleted": [vars(one) for one in self.deleted]}
+        return {**vars(self), **lists, "taken_bytes": self.taken_bytes}
 
 
 def collect(store: ArtifactStore, *, keep_last: int, grace_seconds: float, dry_run: bool = False) -> Collected:

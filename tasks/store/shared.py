@@ -1,25 +1,25 @@
 """A store that many machines share: a bucket, with a folder of this machine as the cache of what is read from it.
 
-Reads and writes  <url>/<kind>/<key>/<digest>/<file>     an artifact's files, each below the digest of its bytes
+Reads and writes  <url>/<kind>/<key>/<place>/<file>      an artifact's files, in a place of the build's own
                   <url>/<kind>/<key>/manifest.json       the commit: put last, and only where none is
                   <url>/.claims, <url>/.damaged          who builds now; manifests of what was set aside
+                  <url>/.leases, .trash, .fates          what is used, and what the collector took (tasks.store.collect)
                   <cache>/<kind>/<key>/                  as a local store has it, files as they are asked for
 
 A find is one request for a manifest, and no listing decides anything. Two builders of one key write files to places of
-their own, as the digests differ, and one of their manifests stands: an artifact is never a mixture. A file is fetched when
+their own, and one of their manifests stands: an artifact is never a mixture. A file is fetched when
 its path is asked for, checked against its digest, and from then on it is a local file like any other.
 """
 
 import contextlib
 import logging
-import re
 import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
-from pathlib import Path, PurePosixPath
+from dataclasses import replace
+from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 from urllib.parse import urlsplit
 
@@ -28,55 +28,27 @@ from pydantic import ValidationError
 from tasks.errors import SettingsError, StoreError
 from tasks.machine import Advance, Progress, quiet
 from tasks.store.artifact import MANIFEST_NAME, Artifact, FileEntry, Manifest, ShardEntry
-from tasks.store.bucket import SCHEMES, Bucket, Patience
-from tasks.store.cache import Cache, cache_folder, forget, is_whole
-from tasks.store.claim import claimed
-from tasks.store.digest import Digest, digest_bytes, digest_file, digest_json
+from tasks.store.bucket import Bucket, Patience
+from tasks.store.cache import Cache, cache_folder, download, has_digest, is_whole
+from tasks.store.claim import boot_seconds, claimed
+from tasks.store.digest import Digest, digest_bytes, digest_json, write_atomically
+from tasks.store.fate import SURE_SECONDS, decide, put_back, sentence_of
+from tasks.store.fetched import SharedArtifact
+from tasks.store.layout import manifest_name, moved, placed, read_manifest
 from tasks.store.lease import passing
-from tasks.store.store import KIND, ArtifactStore
+from tasks.store.notes import BucketNotes, Notes
+from tasks.store.publish import SHOWN_BYTES, Publisher
+from tasks.store.store import KIND, ArtifactStore, spelled
 from tasks.store.trim import Room
+from tasks.store.uses import use
 
 log = logging.getLogger(__name__)
 
-FORM = ".store.json"
 # Requests at once where many small ones are made: at 20 ms each, some 800 a second.
 NUM_REQUESTS = 16
-SHOWN_BYTES = 32 << 20  # a transfer below this is over before a bar is read
-DIGEST = re.compile(r"[0-9a-f]{64}")
 
 A = TypeVar("A")
 B = TypeVar("B")
-
-
-@dataclass(frozen=True)
-class SharedArtifact(Artifact):
-    """An artifact of a shared store: to ask for the path of a file fetches the file."""
-
-    store: "SharedStore" = field(kw_only=True, repr=False, compare=False)
-
-    @property
-    def path(self) -> Path:
-        for entry in self.manifest.files:
-            self.store.fetch(self, entry)
-        return self.folder
-
-    def file(self, name: str) -> Path:
-        return self.store.fetch(self, self.entry(name))
-
-    def read(self, name: str, start: int, num_bytes: int) -> bytes:
-        entry = self.entry(name)
-        if is_whole(self.folder / entry.name, entry):
-            return super().read(name, start, num_bytes)
-        data = self.store.bucket.read(_file_name(self.manifest, entry), start, min(num_bytes, entry.num_bytes - start))
-        if data is None:
-            self.store.lose(self, f"{name} is missing or shorter than its manifest says ({entry.num_bytes} bytes)")
-        return bytes(data)
-
-    def shard_file(self, entry: ShardEntry, name: str) -> Path:
-        shard = self.store.load(entry.kind, entry.key)
-        if shard is None or shard.content != entry.content:
-            self.store.lose(self, f"shard {entry.name} ({entry.kind}/{entry.key[:12]}) is {'another' if shard else 'missing'}")
-        return shard.file(name)
 
 
 class SharedStore(ArtifactStore):
@@ -92,31 +64,44 @@ class SharedStore(ArtifactStore):
         patience: Patience | None = None,
         progress: Progress = quiet,
         cache_bytes: int | None = None,
+        sure_seconds: float = SURE_SECONDS,
     ) -> None:
-        """cache_bytes: what the cache may take, but for what is in use; None: any."""
+        """cache_bytes: what the cache may take, but for what is in use; None: any. sure_seconds: see tasks.store.fate."""
         if any("@" in urlsplit(address or "").netloc for address in (url, endpoint)):
             raise SettingsError("store: credentials in an address; leave them out, and put them into the environment")
         super().__init__(cache_folder(url, cache, endpoint))
         self.cache, self.bucket = Cache(self.root), Bucket(url, endpoint, patience)
-        self.claim_seconds, self.progress = claim_seconds, progress
+        self.claim_seconds, self.progress, self.sure_seconds = claim_seconds, progress, sure_seconds
         self.room = Room(self.root, cache_bytes)
-        self._is_checked = False
+        self._publisher = Publisher(self.bucket, sure_seconds)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**vars(self), "progress": quiet}  # a bar belongs to the process that shows it
+
+    @property
+    def notes(self) -> Notes:
+        return BucketNotes(self.bucket)
 
     @property
     def address(self) -> str:
         return self.bucket.url
 
     def place(self, kind: str, key: Digest) -> str:
-        return f"{self.bucket.url}/{_manifest_name(kind, key)}"
+        return f"{self.bucket.url}/{manifest_name(kind, key)}"
 
     # To find
 
     def find(self, kind: str, key: Digest) -> Artifact | None:
         artifact = self.load(kind, key)
-        return artifact if artifact and not self.damage(artifact) else None
+        if artifact is None or self.damage(artifact):
+            return None
+        self.use(artifact)
+        return artifact
+
+    def use(self, artifact: Artifact) -> None:
+        """Tell the collector, soon, that this process uses an artifact. Its shards are used with it."""
+        if not artifact.kind.endswith("-shard"):
+            use(self.bucket, artifact.ref)
 
     def load(self, kind: str, key: Digest) -> Artifact | None:
         """The artifact as its manifest tells it, unchecked.
@@ -131,17 +116,15 @@ class SharedStore(ArtifactStore):
 
     def _standing(self, kind: str, key: Digest) -> Manifest | None:
         """The manifest that the bucket has now; None where there is none to use."""
-        data = self.bucket.get(_manifest_name(kind, key))
-        if data is None:
-            return None
-        try:
-            manifest = Manifest.model_validate_json(data)
-        except ValidationError:
-            manifest = None
-        if manifest is None or (manifest.kind, manifest.key) != (kind, key) or not _is_plain(manifest):
+        data = self.bucket.get(manifest_name(kind, key))
+        return None if data is None else self.keep_manifest(kind, key, data)
+
+    def keep_manifest(self, kind: str, key: Digest, data: bytes) -> Manifest | None:
+        """A manifest that the bucket has, kept in the cache, too; None for one that is not to be used."""
+        if manifest := read_manifest(kind, key, data):
+            self.cache.remember(kind, key, data, manifest)
+        else:
             log.warning("%s: unreadable manifest, or another's; the artifact counts as absent", self.place(kind, key))
-            return None
-        self.cache.remember(kind, key, data, manifest)
         return manifest
 
     def damage(self, artifact: Artifact, digests: bool = False) -> str | None:
@@ -160,18 +143,19 @@ class SharedStore(ArtifactStore):
         """Reads the file from the bucket, cached or not; a cache without it, or with other bytes, keeps what came."""
         path = artifact.folder / entry.name
         with self.cache.fetching(artifact, entry) as partial:
-            problem = self._download(artifact, entry, partial, advance)
-            if problem is None and not _has_digest(path, entry):
+            problem = download(self.bucket, artifact, entry, partial, advance)
+            if problem is None and not has_digest(path, entry):
                 if is_whole(path, entry):
                     log.warning("%s: has other bytes than the bucket; replaced: check that disk", path)
                 self.cache.keep(artifact, entry, partial)
-        return problem
+        again = self._elsewhere(artifact, entry) if problem else None
+        return self.file_problem(again, entry, advance) if again else problem
 
     def find_all(self, kind: str, keys: Sequence[Digest]) -> list[Artifact | None]:
-        return self._at_once(lambda key: self.find(kind, key), keys)
+        return self.at_once(lambda key: self.find(kind, key), keys)
 
     def load_all(self, refs: Sequence[tuple[str, Digest]]) -> list[Artifact | None]:
-        return self._at_once(lambda ref: self.load(*ref), refs)
+        return self.at_once(lambda ref: self.load(*ref), refs)
 
     def kinds(self) -> list[str]:
         """The kinds that the bucket lists or the cache knows."""
@@ -184,6 +168,12 @@ class SharedStore(ArtifactStore):
         listed = {Digest(name) for name in self.bucket.names(kind) if name.startswith(prefix)}
         return sorted({*super().keys(kind, prefix), *listed})
 
+    def refs(self) -> list[tuple[str, Digest]]:
+        """What has a manifest in the bucket, as it is listed now: a cache may know of what was collected since."""
+        kinds = sorted(name for name in self.bucket.names() if KIND.fullmatch(name))
+        names = (one.name.split("/") for kind in kinds for one in self.bucket.objects(kind))
+        return [(name[0], Digest(name[1])) for name in names if name[2:] == [MANIFEST_NAME]]
+
     def learn(self) -> None:
         """Get the manifests of all that is no shard, so that the cache can be asked what is like what."""
         kinds = [kind for kind in self.kinds() if not kind.endswith("-shard")]
@@ -195,11 +185,14 @@ class SharedStore(ArtifactStore):
     def lock(self, kind: str, key: Digest) -> Iterator[None]:
         """Hold the one builder's place for a key: on this machine by flock(2), among machines by a claim that is renewed."""
         with super().lock(kind, key), claimed(self.bucket, f"{kind}-{key}", self.cache.holder(), self.claim_seconds):
-            self._refuse_without_conditions()  # now, not when a day's work is to be committed
+            self.publisher.check()  # now, not when a day's work is to be committed
             yield
 
     def restore(self, kind: str, key: Digest) -> Artifact | None:
-        """The artifact of a commit that was killed in its upload, or of a cache that has it whole where the bucket lost it."""
+        """The artifact out of the trash, of a commit that was killed in its upload, or of a cache that has it whole."""
+        if rescued := self.rescue(kind, key):
+            self.use(rescued)
+            return rescued
         staging = self.root / ".staging" / kind / key
         for folder in (staging, self.root / kind / key):
             try:
@@ -207,16 +200,33 @@ class SharedStore(ArtifactStore):
             except (OSError, ValidationError):
                 continue
             is_own = manifest.key == key == digest_json(manifest.identity)
-            if is_own and all(_has_digest(folder / entry.name, entry) for entry in manifest.files):
+            if is_own and all(has_digest(folder / entry.name, entry) for entry in manifest.files):
+                checked = boot_seconds()
                 if self._lost_shards(manifest.shards):
                     return None  # they alone are built
                 log.info("%s/%s: built before, and not in the bucket; goes on with the upload", kind, key[:12])
-                return replace(self._publish(manifest, folder, is_again=folder == staging), found=True)
+                is_staged = folder == staging
+                # What the bucket lost is not where it was: a collector may be deleting there.
+                again = manifest if is_staged else moved(manifest)
+                return replace(self._publish(again, folder, checked, is_again=is_staged), found=True)
         return None
+
+    def rescue(self, kind: str, key: Digest) -> Artifact | None:
+        """The artifact out of the bucket's trash, with its shards; None where it is not there, or is being deleted."""
+        begun = boot_seconds()
+        sentence = sentence_of(self.bucket, kind, key)
+        if sentence is None or not decide(self.bucket, sentence.number, "kept"):
+            return None
+        manifest = self.keep_manifest(kind, key, sentence.data)
+        if manifest is None or self._lost_shards(manifest.shards) or boot_seconds() - begun > self.sure_seconds:
+            return None
+        put_back(self.bucket, kind, key, sentence)
+        log.info("%s/%s: taken back out of the trash", kind, key[:12])
+        return self.load(kind, key)
 
     def set_aside(self, kind: str, key: Digest, problem: str) -> None:
         """Take a damaged artifact's manifest out of its place; what the cache has whole may still be restored."""
-        name = _manifest_name(kind, key)
+        name = manifest_name(kind, key)
         if data := self.bucket.get(name):
             target = f".damaged/{kind}-{key}-{time.time_ns()}.json"
             self.bucket.put(target, data)
@@ -243,6 +253,7 @@ class SharedStore(ArtifactStore):
     def fetch(self, artifact: Artifact, entry: FileEntry) -> Path:
         """The path of a file in the cache, fetched and checked where it is not there yet."""
         path = artifact.folder / entry.name
+        self.use(artifact)
         with passing(self.root):
             self.keep(artifact)  # before it is looked for: from here on no trim takes it
             if is_whole(path, entry):
@@ -253,46 +264,61 @@ class SharedStore(ArtifactStore):
                 return path
             with self._bar(f"fetch {entry.name}", entry.num_bytes) as advance:
                 # Twice, for what came over the line wrong may come right; a bucket's own damage does not.
-                problem = self._download(artifact, entry, partial, advance)
-                problem = problem and self._download(artifact, entry, partial, advance)
-            if problem:
-                self.lose(artifact, problem)
-            self.cache.keep(artifact, entry, partial)
-        return path
+                problem = download(self.bucket, artifact, entry, partial, advance)
+                problem = problem and download(self.bucket, artifact, entry, partial, advance)
+            if problem is None:
+                self.cache.keep(artifact, entry, partial)
+                return path
+        if (again := self._elsewhere(artifact, entry)) is None:
+            self.lose(artifact, problem)
+        return self.fetch(again, entry)
 
-    def _download(self, artifact: Artifact, entry: FileEntry, partial: Path, advance: Advance) -> str | None:
-        """What is wrong with a file in the bucket, in one line; None where ``partial`` now has its bytes."""
-        found = self.bucket.download(_file_name(artifact.manifest, entry), partial, entry.num_bytes, advance)
-        if found is None:
-            problem = f"{entry.name} is missing or shorter than its manifest says ({entry.num_bytes} bytes)"
-        elif found != entry.digest:
-            problem = f"{entry.name} has the digest {found[:12]}, its manifest says {entry.digest[:12]}"
-        else:
+    def _elsewhere(self, artifact: Artifact, entry: FileEntry) -> Artifact | None:
+        """The artifact with the same file, where it was collected and built anew since this cache heard of it."""
+        standing = self._standing(artifact.kind, artifact.key)
+        if standing is None or standing == artifact.manifest or entry not in standing.files:
             return None
-        forget(partial)
-        return problem
+        return self._artifact(standing)
 
     # To commit
 
+    def commit(
+        self,
+        identity: dict[str, Any],
+        shards: tuple[ShardEntry, ...],
+        stats: dict[str, Any],
+        produced_by: dict[str, Any],
+        known: dict[str, Digest],
+    ) -> Artifact:
+        return super().commit(identity, shards, stats, placed(produced_by), known)
+
     def _place(self, manifest: Manifest) -> Artifact:
+        checked = boot_seconds()
+        self._refuse_lost(manifest)
+        return self._publish(manifest, self.root / ".staging" / manifest.kind / manifest.key, checked)
+
+    def _refuse_lost(self, manifest: Manifest) -> None:
         if lost := self._lost_shards(manifest.shards):
             raise StoreError(
                 f"{self.place(lost[0].kind, lost[0].key)}: shard {lost[0].name} is gone from the bucket "
                 f"({len(lost)} of {len(manifest.shards)} are); run again to rebuild it"
             )
-        return self._publish(manifest, self.root / ".staging" / manifest.kind / manifest.key)
 
-    def _publish(self, manifest: Manifest, folder: Path, *, is_again: bool = False) -> Artifact:
+    def _publish(self, manifest: Manifest, folder: Path, checked: float, *, is_again: bool = False) -> Artifact:
         """Upload what is in ``folder``, put the manifest, and make the folder the cache's. The first manifest put is kept.
 
-        is_again: by an upload that was killed, some of it may be there.
+        checked: when its shards were looked at. is_again: by an upload that was killed, some of it may be there.
         """
-        self._refuse_without_conditions()
-        self._at_once(lambda entry: self._upload(manifest, entry, folder, is_again), manifest.files)
-        if first := self._put_manifest(manifest.kind, manifest.key, (folder / MANIFEST_NAME).read_bytes()):
+        manifest = self.publisher.send(manifest, folder, self.at_once, self._bar, is_again=is_again)
+        if boot_seconds() - checked > self.sure_seconds:
+            self._refuse_lost(manifest)
+        data = spelled(manifest)
+        if first := self._put_manifest(manifest.kind, manifest.key, data):
             log.info("%s/%s: another builder was first; its artifact is kept", manifest.kind, manifest.key[:12])
             shutil.rmtree(folder)
             return self._artifact(first)
+        write_atomically(folder / MANIFEST_NAME, data)
+        self.use(self._artifact(manifest))
         target = self.root / manifest.kind / manifest.key
         if folder != target:
             shutil.rmtree(target, ignore_errors=True)
@@ -303,7 +329,7 @@ class SharedStore(ArtifactStore):
 
     def _put_manifest(self, kind: str, key: Digest, data: bytes) -> Manifest | None:
         """Commit, unless another builder has: then its manifest."""
-        name = _manifest_name(kind, key)
+        name = manifest_name(kind, key)
         while not self.bucket.put_new(name, data):
             theirs = self.bucket.get(name)
             if theirs == data:  # our own, by a try whose answer was cut off
@@ -313,39 +339,25 @@ class SharedStore(ArtifactStore):
             self.set_aside(kind, key, "its manifest cannot be used")
         return None
 
-    def _upload(self, manifest: Manifest, entry: FileEntry, folder: Path, is_again: bool) -> None:
-        name = _file_name(manifest, entry)
-        # An object appears whole, and its name is the digest of its bytes. One that was there before may be the damaged one
-        # for whose sake all this is built again.
-        if is_again and entry.num_bytes >= SHOWN_BYTES and self.bucket.num_bytes(name) == entry.num_bytes:
-            return
-        with self._bar(f"upload {entry.name}", entry.num_bytes) as advance:
-            self.bucket.upload(folder / entry.name, name, advance)
-
     def _lost_shards(self, entries: Sequence[ShardEntry]) -> list[ShardEntry]:
         """The shards to be listed that the bucket has not, once those that the cache has whole are uploaded; forgets them."""
 
         def restore(entry: ShardEntry) -> ShardEntry | None:
-            if self.bucket.num_bytes(_manifest_name(entry.kind, entry.key)) is not None:
+            if self.bucket.num_bytes(manifest_name(entry.kind, entry.key)) is not None:
                 return None
             return None if self.restore(entry.kind, entry.key) else entry
 
-        lost = [entry for entry in self._at_once(restore, entries) if entry]
+        lost = [entry for entry in self.at_once(restore, entries) if entry]
         for entry in lost:
             shutil.rmtree(self.root / entry.kind / entry.key, ignore_errors=True)
         return lost
 
-    def _refuse_without_conditions(self) -> None:
-        """Raise StoreError where the server takes a second object of a name that was to be new: builders would not be apart."""
-        if self._is_checked:
-            return
-        data = b'{"form": 1}'
-        if self.bucket.put_new(FORM, data) and self.bucket.put_new(FORM, data):
-            raise StoreError(
-                f"{self.bucket.url}: the server ignores If-None-Match, so that two builders could tear an artifact; "
-                "use one that knows conditional writes, or a shared folder as the store"
-            )
-        self._is_checked = True
+    @property
+    def publisher(self) -> Publisher:
+        """Of the bucket that the store has now."""
+        if self._publisher.bucket is not self.bucket:
+            self._publisher = Publisher(self.bucket, self.sure_seconds)
+        return self._publisher
 
     # The cache
 
@@ -358,39 +370,17 @@ class SharedStore(ArtifactStore):
     def _bar(self, label: str, num_bytes: int) -> contextlib.AbstractContextManager[Advance]:
         return (self.progress if num_bytes >= SHOWN_BYTES else quiet)(label, num_bytes, "B")
 
-    def _at_once(self, function: Callable[[A], B], items: Sequence[A]) -> list[B]:
+    def at_once(self, function: Callable[[A], B], items: Sequence[A]) -> list[B]:
+        """What ``function`` returns for every item, in order, many requests at a time."""
         if len(items) < 2:
             return [function(item) for item in items]
         with ThreadPoolExecutor(NUM_REQUESTS, thread_name_prefix="requests") as pool:
             return list(pool.map(function, items))
 
 
-def is_url(store: str) -> bool:
-    """Whether a store's address is that of a shared one."""
-    return store.partition("://")[0] in SCHEMES and "://" in store
-
-
 def store_of(artifact: Artifact) -> ArtifactStore:
     """The store that an artifact is of, in whichever process it arrived."""
-    return artifact.store if isinstance(artifact, SharedArtifact) else ArtifactStore(artifact.root)
-
-
-def _is_plain(manifest: Manifest) -> bool:
-    """Whether all that becomes a path leads into its folder: a bucket is written by others."""
-    files = [PurePosixPath(entry.name) for entry in manifest.files]
-    if any(path.is_absolute() or ".." in path.parts or path.name in ("", MANIFEST_NAME) for path in files):
-        return False
-    digests = [entry.digest for entry in manifest.files] + [entry.key for entry in manifest.shards]
-    return all(map(DIGEST.fullmatch, digests)) and all(KIND.fullmatch(entry.kind) for entry in manifest.shards)
-
-
-def _manifest_name(kind: str, key: Digest) -> str:
-    return f"{kind}/{key}/{MANIFEST_NAME}"
-
-
-def _file_name(manifest: Manifest, entry: FileEntry) -> str:
-    return f"{manifest.kind}/{manifest.key}/{entry.digest}/{entry.name}"
-
-
-def _has_digest(path: Path, entry: FileEntry) -> bool:
-    return is_whole(path, entry) and digest_file(path) == entry.digest
+    if isinstance(artifact, SharedArtifact):
+        assert isinstance(artifact.store, SharedStore)
+        return artifact.store
+    return ArtifactStore(artifact.root)

@@ -193,6 +193,10 @@ class ArtifactStore:
                 return True
         return False
 
+    def rescue(self, kind: str, key: Digest) -> Artifact | None:
+        """A listed shard that is not in its place, out of a collector's trash; a local store has nothing there that is listed."""
+        return None
+
     def lose_shard(self, kind: str, key: Digest) -> None:
         """Hear of a listed shard that is not there: a local store sees it by itself at the next find of what lists it."""
 
@@ -233,7 +237,7 @@ class ArtifactStore:
             created=datetime.now(UTC).isoformat(timespec="seconds"),
             produced_by=produced_by,
         )
-        (staging / MANIFEST_NAME).write_text(json.dumps(manifest.model_dump(mode="json"), indent=1, ensure_ascii=False))
+        (staging / MANIFEST_NAME).write_bytes(spelled(manifest))
         fsync_tree(staging)
         return self._place(manifest)
 
@@ -262,6 +266,10 @@ class ArtifactStore:
         """The names of a kind's folders, those that begin with ``prefix``."""
         return sorted(Digest(name) for name in _names(self.root / kind) if name.startswith(prefix))
 
+    def refs(self) -> list[tuple[str, Digest]]:
+        """Every kind and key that should be an artifact."""
+        return [(kind, key) for kind in self.kinds() for key in self.keys(kind)]
+
     def resolve(self, ref: str) -> Artifact:
         """The artifact that ``ref`` names: ``kind`` (its newest), ``kind/key`` or ``key``, where a key may be cut short.
 
@@ -278,6 +286,11 @@ class ArtifactStore:
             return matches[0]
         what = f"{len(named)} artifacts begin so" if matches else "no such artifact"
         raise RefError(f"{self.address}: {ref!r}: {what}; `seqmill ls` lists what there is")
+
+
+def spelled(manifest: Manifest) -> bytes:
+    """A manifest as its file has it."""
+    return json.dumps(manifest.model_dump(mode="json"), indent=1, ensure_ascii=False).encode()
 
 
 def size_problem(path: Path, entry: FileEntry) -> str | None:

@@ -45,7 +45,7 @@ def test_an_address_of_another_sort_is_refused() -> None:
         load_settings(store="http://127.0.0.1/store")
 
 
-def test_a_cache_has_a_bound_where_one_is_set_and_gc_trims_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_cache_has_a_bound_where_one_is_set_and_trim_empties_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     url = f"file://{tmp_path / 'bucket'}"
     store = load_settings(store=url, cache=tmp_path / "cache", cache_gigabytes=1.5).open_store()
     assert isinstance(store, SharedStore)
@@ -54,7 +54,7 @@ def test_a_cache_has_a_bound_where_one_is_set_and_gc_trims_it(tmp_path: Path, mo
     end_lease(store.root)
     monkeypatch.setenv("SEQMILL_CACHE", str(tmp_path / "cache"))
     for options, is_there in ((("--grace", "1"), True), (("--grace", "0", "--dry-run"), True), (("--grace", "0"), False)):
-        result = CliRunner().invoke(commands, ["gc", "--store", url, *options])
+        result = CliRunner().invoke(commands, ["trim", "--store", url, *options])
         assert result.exit_code == 0
         assert word.folder.exists() == is_there
     assert build_word(store, Machine(), WordSpec(word="abc")).found

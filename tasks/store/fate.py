@@ -1,0 +1,68 @@
+"""What a collector took out of its place in a bucket, and whose word on it stands: the first, and only the first.
+
+Reads and writes  <url>/.trash/<kind>/<key>.json   a manifest that was taken out of its place, and the number of its sentence
+                  <url>/.fates/<number>            "kept" or "deleted": put where none is, and never changed
+
+A number is drawn for every sentence and for every place of files, and never again. Who would delete files, and who would put a
+manifest (back) that names them, each write the fate first: one of the two is told that it comes too late.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import orjson
+
+from tasks.store.bucket import Bucket
+from tasks.store.layout import manifest_name, new_number
+
+TRASH, FATES = ".trash", ".fates"
+Fate = Literal["kept", "deleted"]
+
+# What is condemned lies at least so long before it is deleted; and so old, at least, is what is condemned.
+LEAST_SECONDS = 7200.0
+# For so long after it looked may a builder act on what it saw, by its own clock that goes on while the machine is suspended.
+SURE_SECONDS = LEAST_SECONDS / 2
+
+
+@dataclass(frozen=True)
+class Sentence:
+    """A manifest in the trash; ``data`` is its bytes."""
+
+    number: str
+    data: bytes
+
+
+def decide(bucket: Bucket, number: str, fate: Fate) -> bool:
+    """Whether ``fate`` is that of ``number``, for ever: by this call, or by one before."""
+    name = f"{FATES}/{number}"
+    return bucket.put_new(name, fate.encode()) or bucket.get(name) == fate.encode()
+
+
+def trash_name(kind: str, key: str) -> str:
+    return f"{TRASH}/{kind}/{key}.json"
+
+
+def pronounce(bucket: Bucket, kind: str, key: str, data: bytes) -> None:
+    """Write the sentence of a manifest of these bytes, under a number of its own."""
+    sentence = {"sentence": new_number(), "manifest": data.decode()}
+    bucket.put(trash_name(kind, key), orjson.dumps(sentence))
+
+
+def condemn(bucket: Bucket, kind: str, key: str, data: bytes) -> None:
+    """Take a manifest of these bytes out of its place; its files stay where they are."""
+    pronounce(bucket, kind, key, data)
+    bucket.delete(manifest_name(kind, key))
+
+
+def sentence_of(bucket: Bucket, kind: str, key: str) -> Sentence | None:
+    """The sentence of what is in the trash; None where it is not."""
+    if (data := bucket.get(trash_name(kind, key))) is None:
+        return None
+    value = orjson.loads(data)
+    return Sentence(value["sentence"], value["manifest"].encode())
+
+
+def put_back(bucket: Bucket, kind: str, key: str, sentence: Sentence) -> None:
+    """Give a manifest whose fate is to be kept its place again, unless another has it."""
+    bucket.put_new(manifest_name(kind, key), sentence.data)
+    bucket.delete(trash_name(kind, key))

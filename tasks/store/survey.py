@@ -1,0 +1,133 @@
+"""What a bucket has, and what of it is needed: listed first, then reached from pins, runs and the leases of living processes.
+
+Reads   <url>/.pins, .runs, .leases, .claims, .trash, and the listing of every kind
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from itertools import groupby
+
+from tasks.store.artifact import MANIFEST_NAME
+from tasks.store.bucket import Bucket, Listed
+from tasks.store.claim import CLAIMS
+from tasks.store.digest import Digest
+from tasks.store.fate import TRASH, Sentence, sentence_of
+from tasks.store.gc import nothing_needed
+from tasks.store.pins import last_refs, pins, runs, unfinished
+from tasks.store.reach import Reach
+from tasks.store.shared import SharedStore
+from tasks.store.store import KIND
+from tasks.store.uses import LEASES, bucket_clock, uses
+
+SHARD = "-shard"
+
+
+@dataclass(frozen=True)
+class Group:
+    """The objects of one key: its manifest, and files by their place."""
+
+    kind: str
+    key: str
+    manifest: Listed | None = None
+    places: dict[str, list[Listed]] = field(default_factory=dict)
+
+    @property
+    def ref(self) -> str:
+        return f"{self.kind}/{self.key}"
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(one.num_bytes for files in self.places.values() for one in files) + (
+            self.manifest.num_bytes if self.manifest else 0
+        )
+
+
+def groups(bucket: Bucket, kind: str) -> Iterator[Group]:
+    """The keys of a kind, as they are listed; nothing is kept of those that went by."""
+    for key, listed in groupby(bucket.objects(kind), key=lambda one: one.name.split("/")[1]):
+        manifest: Listed | None = None
+        places: dict[str, list[Listed]] = {}
+        for one in listed:
+            _, _, place, *rest = one.name.split("/", 3)
+            if rest:
+                places.setdefault(place, []).append(one)
+            elif place == MANIFEST_NAME:
+                manifest = one
+        yield Group(kind, key, manifest, places)
+
+
+class Survey:
+    """A bucket as it was when a collection began. All times are the bucket's own, in seconds since 1970."""
+
+    def __init__(self, store: SharedStore, keep_last: int, grace_seconds: float, least_seconds: float) -> None:
+        """Raises StoreError where nothing says what is needed, or where a record of that cannot be read."""
+        self.store, self.bucket = store, store.bucket
+        self.least_seconds, self.grace_seconds = least_seconds, max(grace_seconds, least_seconds)
+        self.now = bucket_clock(self.bucket)
+        recorded = runs(store.notes, is_strict=True)
+        needed = {str(pinned.get("ref")) for pinned in pins(store.notes, is_strict=True)} | last_refs(recorded, keep_last)
+        if not needed:
+            raise nothing_needed(store)
+        self.uses = uses(self.bucket, self.bucket.objects(LEASES), self.now)
+        stopped = unfinished(recorded, self.now)
+        self.unfinished_since = min((began for began, _ in stopped), default=None)
+        needed |= self.uses.refs | {ref for _, run in stopped for ref in run.get("refs", {}).values()}
+        begins = (self.now - self.grace_seconds, self.uses.since, self.unfinished_since)
+        self.cutoff = min(when for when in begins if when is not None)
+        self.claims = self._newest_claims()
+        refs = [ref.rpartition("-")[::2] for ref in self.claims]
+        self.kinds_built = {kind for kind, key in refs if self.is_claimed(kind, key)}  # anywhere, of an artifact of theirs
+        self.trash = self._list_trash()
+        kinds = sorted(name for name in self.bucket.names() if KIND.fullmatch(name))
+        self.shard_kinds = [kind for kind in kinds if kind.endswith(SHARD)]
+        # Each kind is listed once: what is committed meanwhile is in no list, and stays.
+        self.artifacts = {
+            (one.kind, one.key): one for kind in kinds if not kind.endswith(SHARD) for one in groups(self.bucket, kind)
+        }
+        self.sentences = self._load()
+        self.reach = Reach(store.root)
+        self.reach.follow(needed)
+
+    def _load(self) -> dict[tuple[str, str], Sentence]:
+        """The sentences of what is in the trash; manifests of all that is no shard come into the cache, to be followed there."""
+        self.store.load_all([(kind, Digest(key)) for (kind, key), one in self.artifacts.items() if one.manifest])
+        lying = [(kind, key) for kind, key in self.trash if not kind.endswith(SHARD) and not self.is_standing(kind, key)]
+        found = self.store.at_once(lambda ref: sentence_of(self.bucket, *ref), lying)
+        sentences = {ref: sentence for ref, sentence in zip(lying, found, strict=True) if sentence}
+        for (kind, key), sentence in sentences.items():
+            self.store.keep_manifest(kind, Digest(key), sentence.data)
+        return sentences
+
+    def is_standing(self, kind: str, key: str) -> bool:
+        """Whether an artifact, which is no shard, has its manifest in its place."""
+        found = self.artifacts.get((kind, key))
+        return found is not None and found.manifest is not None
+
+    def is_used(self, group: Group) -> bool:
+        """Whether it was committed since the cutoff, or is being built, or may be about to be listed by what is being built."""
+        if group.manifest is not None and group.manifest.modified >= self.cutoff:
+            return True
+        parent = group.kind.removesuffix(SHARD)
+        return self.is_claimed(group.kind, group.key) or (parent != group.kind and parent in self.kinds_built)
+
+    def is_claimed(self, kind: str, key: str) -> bool:
+        """Whether somebody builds a key, or did a short while ago."""
+        return self.now - self.claims.get(f"{kind}-{key}", 0.0) < self.least_seconds
+
+    def is_due(self, kind: str, key: str) -> bool:
+        """Whether what is in the trash has lain there for the grace."""
+        return self.now - self.trash[kind, key].modified >= self.grace_seconds
+
+    def _newest_claims(self) -> dict[str, float]:
+        newest: dict[str, float] = {}
+        for one in self.bucket.objects(CLAIMS):
+            ref = one.name.split("/")[1]
+            newest[ref] = max(newest.get(ref, 0.0), one.modified)
+        return newest
+
+    def _list_trash(self) -> dict[tuple[str, str], Listed]:
+        found = {}
+        for one in self.bucket.objects(TRASH):
+            _, kind, name = one.name.split("/", 2)
+            found[kind, name.removesuffix(".json")] = one
+        return found
