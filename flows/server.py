@@ -6,6 +6,7 @@ The ephemeral server that Prefect would start by itself loses task runs; this on
 import fcntl
 import logging
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -27,9 +28,11 @@ log = logging.getLogger(__name__)
 START_SECONDS = 120.0
 STOP_SECONDS = 10.0
 
-# The server ends with the command that started it, even by kill -9.
+# The server ends with the command that started it, even by kill -9. It does not hear SIGTERM: schedulers send that to every
+# process of a run, and the run still has to tell the server how it ended.
 _SERVER = """
-import os, sys
+import os, signal, sys
+signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
 from tasks.machine import die_with_parent
 die_with_parent(int(sys.argv[1]))
 sys.argv = ["prefect", "server", "start", "--host", sys.argv[2], "--port", sys.argv[3]]
@@ -123,7 +126,7 @@ def wait_until_healthy(is_running: Callable[[], bool], url: str, log_path: Path)
 
 
 def _stop(process: subprocess.Popen[bytes]) -> None:
-    process.terminate()
+    process.send_signal(signal.SIGINT)
     try:
         process.wait(STOP_SECONDS)
     except subprocess.TimeoutExpired:

@@ -228,6 +228,8 @@ def prefect_environment(settings: Settings, api_url: str | None, verbose: bool) 
         "PREFECT_HOME": str(settings.store_root / ".prefect"),
         "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
         "PREFECT_LOGGING_EXTRA_LOGGERS": "flows,tasks",
+        # What a thread of no run says, such as the one that welcomes nodes, is for the console alone, and no warning.
+        "PREFECT_LOGGING_TO_API_WHEN_MISSING_FLOW": "ignore",
         "PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL": "NOTSET" if verbose else "CRITICAL",
         "DO_NOT_TRACK": "1",
         **({"PREFECT_API_URL": api_url} if api_url else {}),

@@ -1,6 +1,7 @@
 """`seqmill run` ended while it trains. By SIGTERM: it saves a checkpoint, says so in one line, and goes on when run again. By
 SIGKILL: the next command tells Prefect's server that it crashed."""
 
+import os
 import signal
 import sqlite3
 import subprocess
@@ -14,14 +15,16 @@ from tests.e2e.world import World
 
 
 @pytest.mark.slow
-def test_the_command_told_to_stop_saves_a_checkpoint_and_goes_on_from_it(tmp_path: Path) -> None:
+@pytest.mark.parametrize("whom", ["the command", "all its processes"])  # as Slurm does at a time limit
+def test_the_command_told_to_stop_saves_a_checkpoint_and_goes_on_from_it(tmp_path: Path, whom: str) -> None:
     with serving() as server:
         world = World.make(tmp_path, server)
         options = ("run", "small.yaml", "--until", "pretrained", "--set", "pretrained.checkpoint_steps=1000000")
         longer = ("--set", "pretrained.num_steps=400")
         process = world.start(*options, *longer)
         wait_for_a_report(process, tmp_path / "store" / ".staging" / "pretrained")
-        process.send_signal(signal.SIGTERM)
+        for pid in [process.pid, *(descendants(process.pid) if whom == "all its processes" else [])]:
+            os.kill(pid, signal.SIGTERM)
         _, told = process.communicate()
         assert process.returncode == 143, told
         assert "error: pretrained: stopped after step " in " ".join(told.split())
@@ -45,6 +48,12 @@ def test_a_command_that_was_killed_is_told_as_crashed_by_the_next_one(tmp_path: 
         with sqlite3.connect(tmp_path / "store" / ".prefect" / "prefect.db") as database:
             ((message,),) = database.execute("select message from flow_run_state where name = 'Crashed'").fetchall()
         assert message == "its process was killed; what is finished is kept, run it again to go on"
+
+
+def descendants(pid: int) -> list[int]:
+    """Its children, theirs, and so on."""
+    told = subprocess.run(["pgrep", "--parent", str(pid)], capture_output=True, text=True, check=False).stdout.split()
+    return [found for child in map(int, told) for found in (child, *descendants(child))]
 
 
 def told_of_runs(folder: Path) -> list[str]:
