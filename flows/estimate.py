@@ -65,7 +65,7 @@ class Given:
 def estimate(
     node: Node, nearest: Record | None, inputs: Mapping[str, Given], records: Records, published_bytes: int | None = None
 ) -> Estimate | None:
-    """What ``node`` will take; None where there was no earlier run, and where no server says how large a file is.
+    """What ``node`` will take; None where there was no earlier run, and where nobody says how large a source is.
 
     published_bytes: of an archive, which has no inputs to grow with.
     """
@@ -73,6 +73,8 @@ def estimate(
         return Estimate(published_bytes, None, None, None, published_bytes, None, None) if published_bytes else None
     larger = published_bytes / max(nearest.num_bytes, 1) if published_bytes else input_scale(nearest, inputs, records)
     larger = min(larger, document_scale(node.spec, nearest))
+    if larger == math.inf:  # nobody knows how much is read
+        return None
     work, weight = larger, 1.0 if node.kind in ONE_SIZE else larger
     if isinstance(node.spec, TokenizerSpec):
         work, weight = tokenizer_scale(node.spec, nearest, records, larger)
@@ -109,11 +111,18 @@ def num_tokens(record: Record) -> int | None:
 
 
 def input_scale(nearest: Record, inputs: Mapping[str, Given], records: Records) -> float:
-    """How many times the bytes that the nearest artifact was made from; 1 where either is not known. A tokenizer only reads."""
+    """How many times the bytes that the nearest artifact was made from; 1 where those are not known.
+
+    Infinite where nobody knows what is read now. A tokenizer counts for nothing: it reads, and is not read.
+    """
     read = {name: given for name, given in inputs.items() if name != "tokenizer"}
     before = [record.num_bytes if (record := records.input_of(nearest, name)) else None for name in read]
     after = [given.num_bytes for given in read.values()]
-    if not read or None in before or None in after:
+    if nearest.kind in ONE_SIZE or not read:
+        return 1.0
+    if None in after:
+        return math.inf
+    if None in before:
         return 1.0
     return sum(filter(None, after)) / max(sum(filter(None, before)), 1)
 

@@ -25,6 +25,8 @@ from tasks.store import ArtifactStore
 
 commands = typer.Typer()
 
+REASON_CHARACTERS = 160
+
 RanksOption = Annotated[
     int | None, typer.Option("--num-ranks", help="training ranks; absent: one a GPU, else one a core", show_default=False)
 ]
@@ -105,9 +107,12 @@ def plan(
         return
     print_table(
         ["stage", "status", "key", "time", "size", "memory", "reason"],
-        [[row["name"], row["status"], (row["key"] or "")[:12], *_estimated(row), row["reason"]] for row in rows],
+        [[row["name"], row["status"], (row["key"] or "")[:12], *_estimated(row), _cut(row["reason"])] for row in rows],
     )
+    if any(_cut(row["reason"]) != row["reason"] for row in rows):
+        out.print("… is longer: --json tells all of it", style="dim")
     if memory:
+        out.print()
         print_table(HEADER, [table_row(name, row) for name, row in memory.items()])
     space = check_space(loaded, steps, artifacts)
     out.print(f"{artifacts.root}: {space.told()}", soft_wrap=True, highlight=False)
@@ -164,9 +169,16 @@ def _estimated(row: dict[str, Any]) -> list[str]:
     """Time, size and memory that a stage will take; dashes where no earlier run tells, nothing where it is found."""
     if row["status"] == "found":
         return ["", "", ""]
-    told = row["estimate"] or {}
+    told = dict(row["estimate"] or {})
+    if row.get("memory"):  # by the model's own config and this machine's ranks: nearer than any earlier run
+        told["peak_rss_bytes"] = row["memory"]["rank_bytes"]
     shown = (("seconds", duration), ("num_bytes", size), ("peak_rss_bytes", size))
     return ["–" if told.get(name) is None else f"~{text(told[name])}" for name, text in shown]
+
+
+def _cut(reason: str) -> str:
+    """A reason as a table has room for it: of a recipe that differs in thirty fields, the first of them."""
+    return reason if len(reason) <= REASON_CHARACTERS else reason[: REASON_CHARACTERS - 2].rsplit(" ", 1)[0] + " …"
 
 
 def _taken(row: dict[str, Any]) -> list[str]:

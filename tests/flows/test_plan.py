@@ -102,6 +102,19 @@ def test_an_estimate_is_from_the_nearest_artifact_and_grows_with_what_is_read(he
     assert steps["pretrained"].estimate is None
 
 
+def test_what_reads_nobody_knows_how_much_is_not_estimated_by_what_was_read_before(here: Path, tmp_path: Path) -> None:
+    store = ArtifactStore(tmp_path / "store")
+    build(here, store)
+    away = {"archive.url": "http://127.0.0.1:1/corpus.jsonl", "archive.md5": "0" * 32}
+    steps = {step.node.name: step for step in plan(nodes_of(load_recipe(str(here), away)), store, Machine())}
+    assert steps["documents"].nearest
+    assert [steps[name].estimate for name in ("documents", "tokens", "blocks")] == [None] * 3
+    counted = load_recipe(str(here), {**away, "documents.max_documents": 40})
+    documents = next(step for step in plan(nodes_of(counted), store, Machine()) if step.node.name == "documents")
+    assert documents.estimate
+    assert documents.estimate.num_bytes == pytest.approx(store.resolve("documents").num_bytes / 2, rel=0.02)
+
+
 def test_the_seconds_of_a_build_that_found_shards_are_those_of_a_whole_one() -> None:
     told = {"seconds": 2.0, "num_bytes_built": 10}
     record = Record("a", Digest("k"), Digest("c"), {}, "now", {}, told, num_bytes=40, num_shards=4)
