@@ -143,7 +143,8 @@ def enter_profile(profiles_path: Path, url: str) -> str | None:
 def leave_profile(profiles_path: Path, before: str | None, url: str | None) -> None:
     """Take the profile out again, and where it is the active one make that from before active.
 
-    It is left where it is another server's than that at ``url``: that of a store which went up later.
+    A file that then holds nothing goes. The profile stays where it is another server's than that at ``url``: that of a store
+    which went up later.
     """
     with temporary_settings({PREFECT_PROFILES_PATH: profiles_path}):
         profiles = load_profiles()
@@ -153,6 +154,10 @@ def leave_profile(profiles_path: Path, before: str | None, url: str | None) -> N
             profiles.set_active(before if before in profiles else "ephemeral")
         profiles.remove_profile(PROFILE)
         save_profiles(profiles)
+        if profiles.active_name == "ephemeral" and all(
+            profile.source != profiles_path for profile in profiles.profiles_by_name.values()
+        ):
+            profiles_path.unlink()  # as it was: without the file Prefect has its own profiles, and this one is active
 
 
 def _url_of(profile: Profile) -> str | None:

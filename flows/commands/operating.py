@@ -1,5 +1,9 @@
 """Operate Prefect: up, down, deploy, worker, ui."""
 
+import os
+import shutil
+import sys
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -25,7 +29,16 @@ def up(
     err.print("starting Prefect: a minute where it is the first time", style="dim")
     url = bring_up(load_settings(store=store), host, port)
     out.print(f"Prefect UI at {url.removesuffix('/api')}   (`seqmill down` ends it)", soft_wrap=True)
-    out.print("start a run:  prefect deployment run pretrain-flow --param recipe=demo", soft_wrap=True)
+    out.print(f"start a run:  {_prefect()} deployment run pretrain-flow --param recipe=demo", soft_wrap=True, highlight=False)
+
+
+def _prefect() -> str:
+    """The command `prefect` of this environment as a person calls it: by its path where the environment is not activated."""
+    beside = Path(sys.executable).with_name("prefect")
+    found = shutil.which("prefect")
+    if (found and Path(found).resolve() == beside.resolve()) or not beside.is_file():
+        return "prefect"
+    return os.path.relpath(beside) if beside.is_relative_to(Path.cwd()) else str(beside)
 
 
 @commands.command()

@@ -74,6 +74,18 @@ def test_the_users_profiles_are_where_their_prefect_looks(
     assert profiles_path() == Path(path)
 
 
+def test_a_file_of_profiles_that_was_not_there_before_is_not_there_afterwards(tmp_path: Path) -> None:
+    from flows.registration import enter_profile, leave_profile
+
+    path = tmp_path / "profiles.toml"
+    assert enter_profile(path, "http://127.0.0.1:1/api") == "ephemeral"
+    leave_profile(path, "ephemeral", "http://127.0.0.1:1/api")
+    assert not path.exists()
+    assert enter_profile(path, "http://127.0.0.1:1/api") == "ephemeral"
+    leave_profile(path, "local", "http://127.0.0.1:1/api")  # the user's choice of another that Prefect brings along
+    assert tomllib.loads(path.read_text())["active"] == "local"
+
+
 def test_the_profile_is_entered_and_left_and_the_users_own_stay(tmp_path: Path) -> None:
     from flows.registration import enter_profile, leave_profile
 
