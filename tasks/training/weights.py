@@ -17,7 +17,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from tasks.errors import RecipeError
 from tasks.training.deepspeed import zero_stage
 from tasks.training.model import check_fits
-from tasks.training.rank import rank
+from tasks.training.rank import local_rank, rank
 from tasks.training.trainer import barrier
 
 # Fields that published configs hold and Transformers takes under another name.
@@ -71,15 +71,18 @@ def checked_config(fields: dict[str, Any]) -> PreTrainedConfig:
 
 
 def whole_new_model(plan: dict[str, Any]) -> str:
-    """The folder where rank 0 has saved a new model made in one piece.
+    """The folder where rank 0, and on a node whose store is a bucket its first rank, has saved a new model made in one piece.
 
     Made in pieces its random numbers would be others, and no artifact may depend on the ZeRO stage.
     """
-    folder = str(Path(plan["result_path"]).with_name("initial"))
-    if rank() == 0:
+    beside = plan["checkpoint_dir"] if plan["is_spread"] else plan["result_path"]
+    folder = str(Path(beside).with_name("initial"))
+    if rank() == 0 or (plan["is_arriving"] and local_rank() == 0):
         pieces = deepspeed_settings()
         unset_hf_deepspeed_config()
-        new_model(plan["model"], plan["optimization"]["precision"]).save_pretrained(folder)
+        made = new_model(plan["model"], plan["optimization"]["precision"])
+        made.should_save_on_this_rank = lambda is_main_process: True  # else Transformers has only rank 0 write
+        made.save_pretrained(folder)
         set_hf_deepspeed_config(pieces)
     barrier()
     return folder

@@ -45,7 +45,8 @@ class Training:
     def await_that(self, holds: Callable[[], bool], what: str) -> None:
         deadline = time.monotonic() + PATIENCE_SECONDS
         while not holds():
-            assert time.monotonic() < deadline, f"{what}: not reached; {self.log(0)[-3000:]}"
+            is_here = time.monotonic() < deadline and self.processes[0].poll() in (None, 0)
+            assert is_here, f"{what}: not reached; {self.log(0)[-3000:]}"
             time.sleep(0.05)
 
     def kill(self, node: int, number: int = signal.SIGKILL) -> None:
