@@ -14,6 +14,7 @@ import platform
 import time
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 from uuid import UUID
 
 log = logging.getLogger(__name__)
@@ -68,7 +69,7 @@ def crash_gone(folder: Path) -> None:
 
 
 def _tell(runs: Iterable[UUID]) -> set[UUID]:
-    """Mark those Crashed that are not told as ended; the runs that the server knows."""
+    """Mark those Crashed, with their tasks, that are not told as ended; the runs that the server knows."""
     from prefect.client.orchestration import get_client
     from prefect.client.schemas.filters import FlowRunFilter
     from prefect.client.schemas.objects import State, StateType
@@ -79,6 +80,14 @@ def _tell(runs: Iterable[UUID]) -> set[UUID]:
         for run in client.read_flow_runs(flow_run_filter=asked):
             known.add(run.id)
             if run.state is None or not run.state.is_final():
+                for task in client.request("POST", "/task_runs/filter", json=_under_way(run.id)).json():
+                    crashed = {"state": {"type": "CRASHED", "message": MESSAGE}, "force": True}
+                    client.request("POST", f"/task_runs/{task['id']}/set_state", json=crashed)
                 client.set_flow_run_state(run.id, State(type=StateType.CRASHED, message=MESSAGE), force=True)
                 log.info("prefect: the run %r of an earlier command is told as crashed: %s", run.name, MESSAGE)
     return known
+
+
+def _under_way(run: UUID) -> dict[str, Any]:
+    """What asks the server for the tasks of a run that it takes for under way."""
+    return {"flow_runs": {"id": {"any_": [str(run)]}}, "task_runs": {"state": {"type": {"any_": ["RUNNING", "PENDING"]}}}}

@@ -46,6 +46,8 @@ def test_a_command_that_was_killed_is_told_as_crashed_by_the_next_one(tmp_path: 
         world.json(*options)
         assert told_of_runs(tmp_path) == ["Crashed", "Completed"]
         with sqlite3.connect(tmp_path / "store" / ".prefect" / "prefect.db") as database:
+            tasks = database.execute("select name, state_type from task_run where state_type != 'COMPLETED'").fetchall()
+            assert tasks == [("small pretrained", "CRASHED")]
             ((message,),) = database.execute("select message from flow_run_state where name = 'Crashed'").fetchall()
         assert message == "its process was killed; what is finished is kept, run it again to go on"
 
