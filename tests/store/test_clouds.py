@@ -76,6 +76,23 @@ def test_a_listing_names_what_is_just_below(bucket: Bucket) -> None:
     assert (sorted(bucket.names()), sorted(bucket.names("word")), bucket.names("none")) == (["other", "word"], ["0a", "0b"], [])
 
 
+@pytest.mark.parametrize("number", [10, pytest.param(1100, marks=pytest.mark.slow)])
+def test_every_object_is_listed_with_its_time_and_many_are_removed_at_once(bucket: Bucket, number: int) -> None:
+    names = [f"many{number}/{i:04}/x y" for i in range(number)]
+    with ThreadPoolExecutor(16) as pool:
+        list(pool.map(lambda name: bucket.put(name, name.encode()), names))
+    listed = list(bucket.objects(f"many{number}"))
+    assert [(one.name, one.num_bytes) for one in listed] == [(name, len(name)) for name in names]
+    assert bucket.dated(names[0]) == (names[0].encode(), pytest.approx(listed[0].modified, abs=1.01))
+    assert bucket.modified(names[0]) == pytest.approx(listed[0].modified, abs=1.01)
+    bucket.delete(names[3])
+    bucket.delete_all(names)
+    assert list(bucket.objects(f"many{number}")) == []
+    assert (bucket.dated(names[0]), bucket.modified(names[0])) == (None, None)
+    bucket.delete_all(names[:2])
+    bucket.delete_all([])
+
+
 @pytest.mark.parametrize("num_bytes", [3, pytest.param(6 << 20, marks=pytest.mark.slow)])
 def test_of_many_who_create_one_object_one_does(bucket: Bucket, num_bytes: int) -> None:
     name = f"new{num_bytes}"
