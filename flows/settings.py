@@ -66,7 +66,9 @@ class Settings(BaseSettings):
         description="stages that train or evaluate at the same time, where branches allow it, each on its share of the cores",
     )
     stop_seconds: float = Field(
-        600, ge=0, description="from SIGTERM on, for the step under way and its checkpoint; then the ranks are killed"
+        600,
+        ge=0,
+        description="from SIGTERM on, for the step under way and its checkpoint, into a bucket too; then the ranks are killed",
     )
     nodes: str | None = Field(
         None, description='machines that train together, or the least and the most of them, such as "2:4"; absent: this one alone'
@@ -77,7 +79,7 @@ class Settings(BaseSettings):
     )
     node_seconds: float = Field(600, ge=0, description="for which nodes wait for each other")
     checkpoints: Path | None = Field(
-        None, description="the folder that all nodes see, for checkpoints; absent: in the store, where that is a folder"
+        None, description="a folder that all nodes mount, for checkpoints; absent: in the store, a folder or a bucket"
     )
     launcher: Literal["torchrun", "deepspeed"] = Field("torchrun", description="what starts the ranks")
     hostfile: Path | None = Field(None, description="DeepSpeed hostfile, for the deepspeed launcher")
