@@ -49,6 +49,14 @@ class Training:
             assert is_here, f"{what}: not reached; {self.log(0)[-3000:]}"
             time.sleep(0.05)
 
+    def replace(self, node: int, **told: Any) -> None:
+        """A node's machine loses its power; another takes its address, and starts what that one ran."""
+        self.net.unplug(node)
+        self.kill(node)
+        self.processes[node].wait(PATIENCE_SECONDS)
+        self.net.replace(node)
+        self.processes[node] = self.start(node, **told)
+
     def kill(self, node: int, number: int = signal.SIGKILL) -> None:
         self.processes[node].send_signal(number)
 

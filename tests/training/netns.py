@@ -76,13 +76,23 @@ class Nodes:
         ip("link", "add", "bridge", "type", "bridge", within=self.bridge)
         ip("addr", "add", f"{SUBNET}.{BRIDGE}/24", "dev", "bridge", within=self.bridge)
         ip("link", "set", "bridge", "up", within=self.bridge)
-        for node, name in enumerate(self.names):
-            ip("netns", "add", name)
-            ip("link", "add", f"node{node}", "type", "veth", "peer", "name", "eth0", "netns", name, within=self.bridge)
-            ip("link", "set", f"node{node}", "master", "bridge", "up", within=self.bridge)
-            ip("addr", "add", f"{self.address(node)}/24", "dev", "eth0", within=name)
-            for device in ("eth0", "lo"):
-                ip("link", "set", device, "up", within=name)
+        for node in range(len(self.names)):
+            self._add(node)
+
+    def replace(self, node: int) -> None:
+        """Take a node away, whose processes have ended, and put a new one in its place, which has its address."""
+        ip("link", "del", f"node{node}", within=self.bridge)
+        ip("netns", "del", self.names[node])
+        self._add(node)
+
+    def _add(self, node: int) -> None:
+        name = self.names[node]
+        ip("netns", "add", name)
+        ip("link", "add", f"node{node}", "type", "veth", "peer", "name", "eth0", "netns", name, within=self.bridge)
+        ip("link", "set", f"node{node}", "master", "bridge", "up", within=self.bridge)
+        ip("addr", "add", f"{self.address(node)}/24", "dev", "eth0", within=name)
+        for device in ("eth0", "lo"):
+            ip("link", "set", device, "up", within=name)
 
     def remove(self) -> None:
         for name in (*self.names, self.bridge):

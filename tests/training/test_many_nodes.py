@@ -101,6 +101,18 @@ def test_the_node_that_leads_killed_and_started_again_finds_the_others_waiting(t
     assert_equal(told["losses"], unbroken)
 
 
+def test_the_node_that_leads_loses_its_machine_and_another_at_its_address_finds_the_others_waiting(
+    train: Any, unbroken: Any
+) -> None:
+    training = train(2, "zero2")
+    training.await_step(8)
+    training.replace(0)
+    told = training.end(0, 0)
+    assert (told["num_ranks"], is_resumed(told)) == (2, True)
+    assert_equal(told["losses"], unbroken)
+    assert "the node that leads is gone; waiting for it" in training.log(1)
+
+
 def test_a_bucket_feeds_every_node_and_checkpoints_lie_in_a_folder(train: Any, unbroken: Any, tmp_path: Path) -> None:
     (tmp_path / "bucket").mkdir()
     told = {"store": f"file://{tmp_path / 'bucket'}", "checkpoints": str(tmp_path / "checkpoints")}

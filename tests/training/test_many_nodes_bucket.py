@@ -10,7 +10,7 @@ import pytest
 from tasks.store import SharedStore
 from tasks.training.remote import FOLDER, Kept, RemoteCheckpoints
 from tests.store.s3 import BUCKET, CREDENTIALS, WEED, Proxy, s3_server
-from tests.training.many import PATIENCE_SECONDS, Training, assert_equal, losses_alone
+from tests.training.many import Training, assert_equal, losses_alone
 from tests.training.netns import Nodes, can_make_nodes, nodes
 from tests.training.one_node import QUICK
 
@@ -127,12 +127,10 @@ def test_a_node_told_to_end_puts_its_part_of_the_last_checkpoint_first(train: An
     assert_equal(told["losses"], unbroken)
 
 
-def test_the_node_that_leads_killed_and_started_again_on_an_empty_disk_goes_on(train: Any, unbroken: Any) -> None:
+def test_the_node_that_leads_loses_its_machine_and_another_with_an_empty_disk_goes_on(train: Any, unbroken: Any) -> None:
     training = train(2, "zero3")
     training.await_that(training.kept, "a checkpoint in the bucket")
-    training.kill(0)
-    training.processes[0].wait(PATIENCE_SECONDS)
-    training.processes[0] = training.start(0, cache="cache-new")
+    training.replace(0, cache="cache-new")
     told = training.end(0, 0)
     assert (told["num_ranks"], is_resumed(told)) == (2, True)
     assert_equal(told["losses"], unbroken)
