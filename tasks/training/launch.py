@@ -166,7 +166,9 @@ def launcher_command(module: str, plan_path: Path, num_ranks: int, settings: Tra
     if num_ranks == 1:
         return [module, str(plan_path)]  # no launcher: it would import torch for nothing, 2 s
     if settings.launcher == "deepspeed":
-        hosts = ["--hostfile", str(settings.hostfile)] if settings.hostfile else ["--num_accelerators", str(num_ranks)]
+        # -N for pdsh, which opens the hosts: no host's name before what a rank says, which is read by its beginning.
+        several = ["--hostfile", str(settings.hostfile), "--launcher_args=-N"]
+        hosts = several if settings.hostfile else ["--num_accelerators", str(num_ranks)]
         port = ["--master_port", str(free_port())]  # its default is the same for every run on a host
         return ["deepspeed.launcher.runner", *hosts, *port, "--no_local_rank", "--module", module, str(plan_path)]
     return ["torch.distributed.run", "--standalone", "--nproc-per-node", str(num_ranks), "-m", module, str(plan_path)]

@@ -144,8 +144,8 @@ def test_more_ranks_than_one_start_through_torchrun() -> None:
 def test_the_deepspeed_launcher_is_given_the_hostfile() -> None:
     settings = TrainingSettings(launcher="deepspeed", hostfile=Path("hosts"))
     command = launcher_command("tasks.training.worker", Path("plan.json"), 4, settings)
-    assert command[:4] == ["deepspeed.launcher.runner", "--hostfile", "hosts", "--master_port"]
-    assert command[5:] == ["--no_local_rank", "--module", "tasks.training.worker", "plan.json"]
+    assert command[:5] == ["deepspeed.launcher.runner", "--hostfile", "hosts", "--launcher_args=-N", "--master_port"]
+    assert command[6:] == ["--no_local_rank", "--module", "tasks.training.worker", "plan.json"]
 
 
 @pytest.mark.parametrize("launcher", ["torchrun", "deepspeed"])
