@@ -39,6 +39,9 @@ class Machines:
                 self.command(name, *command), stdin=subprocess.DEVNULL, stdout=target, stderr=subprocess.STDOUT, env=environment
             )
 
+    def address(self, name: str) -> str:
+        return self.net.address(self.names.index(name))
+
     def namespace(self, name: str) -> str:
         return self.net.names[self.names.index(name)]
 

@@ -26,7 +26,13 @@ class Clone:
         (self.folder / ".venv" / "bin").mkdir(parents=True)
         for name, module, function in (("seqmill", "flows.cli", "main"), ("prefect", "prefect.cli", "app")):
             path = self.folder / ".venv" / "bin" / name
-            path.write_text(f"#!{sys.executable}\nfrom {module} import {function}\n{function}()\n")
+            lines = (
+                "import sys",
+                f"sys.path.insert(0, {str(self.folder)!r})",
+                f"from {module} import {function}",
+                f"{function}()",
+            )
+            path.write_text("\n".join([f"#!{sys.executable}", *lines, ""]))
             path.chmod(0o755)
         (folder / "corpus").write_bytes(corpus(200))
 
