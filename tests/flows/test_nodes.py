@@ -19,7 +19,7 @@ SRUN = """#!/usr/bin/env bash
 while [[ $1 == --* ]]; do shift; done
 for node in 0 1; do SLURM_NODEID=$node "$@"; done
 """
-SSH = '#!/usr/bin/env bash\nhost=$1; shift\necho "ssh $host" >>"$TOLD"\nexec env -u SEQMILL_NODES "$@"\n'
+SSH = '#!/usr/bin/env bash\nshift 2; host=$1; shift\necho "ssh $host" >>"$TOLD"\nexec env -u SEQMILL_NODES "$@"\n'
 
 
 @pytest.fixture
@@ -61,8 +61,8 @@ def test_a_hostfile_starts_its_first_host_here_and_the_others_through_ssh(clone:
     ]
 
 
-def test_the_kubernetes_job_sets_what_settings_know_and_names_pod_0() -> None:
-    service, job = yaml.safe_load_all((ROOT / "deployments/nodes-kubernetes.yaml").read_text())
+def test_the_kubernetes_job_sets_what_settings_know() -> None:
+    _, job = yaml.safe_load_all((ROOT / "deployments/nodes-kubernetes.yaml").read_text())
     pod: dict[str, Any] = job["spec"]["template"]["spec"]
     (container,) = pod["containers"]
     names = [entry["name"] for entry in container["env"]]
@@ -71,9 +71,6 @@ def test_the_kubernetes_job_sets_what_settings_know_and_names_pod_0() -> None:
     settings = load_settings(nodes=values["SEQMILL_NODES"], rendezvous=values["SEQMILL_RENDEZVOUS"])
     nodes = settings.machine().training.nodes
     assert nodes
-    assert nodes.host == f"{job['metadata']['name']}-0.{service['metadata']['name']}"
-    assert pod["subdomain"] == service["metadata"]["name"]
-    assert service["spec"]["selector"] == {"job-name": job["metadata"]["name"]}
     assert nodes.most == job["spec"]["completions"] == job["spec"]["parallelism"]
 
 
