@@ -31,6 +31,7 @@ from tasks.training.plan import num_cores
 ENV_PREFIX = "SEQMILL_"
 LOOPBACK = "127.0.0.1"
 AUTO = "auto"  # the cheapest preset that fits
+SECRETS = {"tokens", "rendezvous_secret"}  # from the environment alone, where they are
 
 
 class Settings(BaseSettings):
@@ -76,6 +77,10 @@ class Settings(BaseSettings):
     node_rank: int = Field(0, ge=0, description="this node's number: 0 leads, the others join it")
     rendezvous: str | None = Field(
         None, description="host:port of node 0, as the other nodes reach it; port 29400 where it has none"
+    )
+    rendezvous_secret: SecretStr | None = Field(
+        None,
+        description="what all nodes know and nobody else, from the environment alone; absent: any node may join",
     )
     node_seconds: float = Field(600, ge=0, description="for which nodes wait for each other")
     checkpoints: Path | None = Field(
@@ -172,7 +177,8 @@ class Settings(BaseSettings):
             return None
         if self.hostfile:
             raise SettingsError("hostfile: set beside nodes, where each node tells its own ranks; unset one of the two")
-        return parse_nodes(self.nodes, self.rendezvous, self.node_seconds)
+        secret = self.rendezvous_secret.get_secret_value() if self.rendezvous_secret else ""
+        return parse_nodes(self.nodes, self.rendezvous, self.node_seconds, secret)
 
     def _tokens(self) -> dict[str, str]:
         hub = urlsplit(self.huggingface_endpoint or ENDPOINTS["huggingface"]).hostname
@@ -212,7 +218,7 @@ def _cluster(kind: Literal["ray", "dask"], address: str | None) -> Cluster:
 
 def export_settings(settings: Settings) -> None:
     """Put settings into the environment, where flows and what they start read them."""
-    for name, value in settings.model_dump(exclude={"tokens"}).items():  # from the environment alone, where they are
+    for name, value in settings.model_dump(exclude=SECRETS).items():
         if value is not None:
             os.environ[ENV_PREFIX + name.upper()] = str(_from_anywhere(value))
     if settings.deepspeed != AUTO:

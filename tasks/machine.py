@@ -71,6 +71,7 @@ class Nodes:
     port: int
     wait_seconds: float = 600.0  # for the least number of nodes, and for the node that leads
     settle_seconds: float = 15.0  # from the least number on, for the others
+    secret: str = field(default="", repr=False)  # which all nodes know; never told to anybody
 
 
 @dataclass(frozen=True)

@@ -28,6 +28,7 @@ from tasks.training.launch import agent_command, ranks_lines
 from tasks.training.lines import failure_line
 from tasks.training.nodes.crew import PROTOCOL
 from tasks.training.nodes.nodes import CHECKPOINTS, STORE, Launch, localized
+from tasks.training.nodes.secret import introduce
 from tasks.training.nodes.wire import Message, Wire
 from tasks.training.run import WORKER
 from tasks.training.share import DamagedPartError, Share, own_folder
@@ -53,7 +54,16 @@ def join(nodes: Nodes, store: ArtifactStore, settings: TrainingSettings, slots: 
 def _serve_once(nodes: Nodes, slots: int, node_at: Callable[[Wire], "Node"], *, stays: bool) -> bool:
     """Join once, and take part until let go, or the node that leads is gone; whether to join again."""
     wire = _reach(nodes, None if stays else nodes.wait_seconds)
-    wire.send({"say": "hello", "protocol": PROTOCOL, "name": platform.node(), "slots": slots})
+    hello = {"say": "hello", "protocol": PROTOCOL, "name": platform.node(), "slots": slots}
+    try:
+        is_heard = introduce(wire, hello, nodes.secret)
+    except SeqmillError:
+        wire.close()
+        raise
+    if not is_heard:
+        wire.close()
+        time.sleep(RETRY_SECONDS)  # it is ending, or beginning
+        return True
     log.info("joined %s:%d with up to %d ranks", nodes.host, nodes.port, slots)
     node = node_at(wire)
     before = signal.signal(signal.SIGTERM, node.ask_to_go)
@@ -128,8 +138,6 @@ class Node:
                     self.stop()
                 case "leave":
                     return True
-                case "refuse":
-                    raise SettingsError(f"{self.wire.peer_address}: {message['why']}; install the same release on all nodes")
         return False
 
     def stop(self) -> None:

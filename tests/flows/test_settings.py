@@ -47,6 +47,17 @@ def test_a_store_that_is_a_file_is_the_users_mistake(tmp_path: Path, store: str)
         load_settings(store=tmp_path / store)
 
 
+def test_a_rendezvous_secret_comes_from_the_environment_and_is_not_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SEQMILL_RENDEZVOUS_SECRET", "planted-4")
+    settings = load_settings(nodes="2", rendezvous="host0")
+    nodes = settings.machine().training.nodes
+    assert nodes
+    assert nodes.secret == "planted-4"
+    export_settings(settings)
+    assert os.environ["SEQMILL_RENDEZVOUS_SECRET"] == "planted-4"
+    assert "planted-4" not in f"{settings!r} {settings.machine()!r} {settings.model_dump_json()}"
+
+
 def test_tokens_come_from_the_environment_and_are_not_told(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_TOKEN", "planted-1")
     monkeypatch.setenv("SEQMILL_TOKENS", '{"host": "planted-2"}')

@@ -20,6 +20,7 @@ from tasks.training.joining import Node, join
 from tasks.training.launch import ranks_lines
 from tasks.training.nodes.crew import PROTOCOL, Crew, crew_of, leading
 from tasks.training.nodes.party import DamagedError, NodeLostError, Party
+from tasks.training.nodes.secret import introduce
 from tasks.training.nodes.wire import Message, Wire
 
 HELLO = {"say": "hello", "protocol": PROTOCOL, "name": "other", "slots": 2}
@@ -40,7 +41,10 @@ def crew() -> Iterator[Crew]:
 
 def reach(crew: Crew, hello: Message = HELLO) -> Wire:
     wire = Wire(socket.create_connection((crew.nodes.host, crew.nodes.port)))
-    wire.send(hello)
+    if hello == HELLO:
+        assert introduce(wire, hello, crew.nodes.secret)
+    else:
+        wire.send(hello)
     return wire
 
 
@@ -195,7 +199,7 @@ def test_a_node_is_let_go_when_the_run_is_over(tmp_path: Path) -> None:
 
     def take_part() -> None:
         wire = Wire(socket.create_connection((nodes.host, nodes.port)))
-        wire.send(HELLO)
+        assert introduce(wire, HELLO, nodes.secret)
         ended.append(Node(wire, ArtifactStore(tmp_path), TrainingSettings(), {}).serve())
 
     with leading(nodes):

@@ -16,13 +16,14 @@ from contextlib import contextmanager
 from tasks.errors import SettingsError, WorkerError
 from tasks.machine import Nodes
 from tasks.training.nodes.nodes import share_out
+from tasks.training.nodes.secret import is_known
 from tasks.training.nodes.wire import Message, Wire
 
 log = logging.getLogger(__name__)
 
 HELLO_SECONDS, HELLO_BYTES = 10.0, 1 << 12
 # What both ends must agree on: raise it with every change of a message or of the plan.
-PROTOCOL = 2
+PROTOCOL = 3
 
 
 class Member:
@@ -119,7 +120,7 @@ class Crew:
         except OSError:  # gone already
             connection.close()
             return
-        member = _member(wire)
+        member = _member(wire, self.nodes.secret)
         if member is None:
             wire.close()
             return
@@ -157,15 +158,18 @@ def _listen(nodes: Nodes) -> socket.socket:
     return listener
 
 
-def _member(wire: Wire) -> Member | None:
+def _member(wire: Wire, secret: str) -> Member | None:
     """Who is there; None for what is no node of ours, which is told so."""
     hello = wire.receive(HELLO_SECONDS, HELLO_BYTES)
     if hello is None or hello["say"] != "hello":
         log.warning("rendezvous: %s says nothing that a node says; turned away", wire.peer_address)
         return None
     if hello.get("protocol") != PROTOCOL:
-        wire.send({"say": "refuse", "why": "another release of seqmill is installed here than on the node that leads"})
+        why = "another release of seqmill is installed here than on the node that leads; install the same on all"
+        wire.send({"say": "refuse", "why": why})
         log.warning("node %s (%s): another release of seqmill; turned away", hello.get("name"), wire.peer_address)
+        return None
+    if not is_known(wire, hello, secret):
         return None
     slots = hello.get("slots")
     return Member(str(hello.get("name")), slots, wire) if isinstance(slots, int) and slots > 0 else None

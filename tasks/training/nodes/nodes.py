@@ -19,7 +19,7 @@ SIOCGIFADDR = 0x8915  # linux/sockios.h: the IPv4 address of an interface
 STORE, CHECKPOINTS = "store", "checkpoints"
 
 
-def parse_nodes(nodes: str, rendezvous: str | None, wait_seconds: float) -> Nodes:
+def parse_nodes(nodes: str, rendezvous: str | None, wait_seconds: float, secret: str = "") -> Nodes:
     """``nodes`` as torchrun takes it, "4" or "2:4"; ``rendezvous``: "host" or "host:port". Raises SettingsError."""
     found = NUMBERS.fullmatch(nodes)
     least, most = (int(found[1]), int(found[2] or found[1])) if found else (0, 0)
@@ -30,7 +30,7 @@ def parse_nodes(nodes: str, rendezvous: str | None, wait_seconds: float) -> Node
     host, _, port = rendezvous.rpartition(":") if ":" in rendezvous else (rendezvous, "", str(DEFAULT_PORT))
     if not (host and port.isdecimal() and int(port) < 1 << 16):
         raise SettingsError(f"rendezvous: {rendezvous!r}; give host:port of the node with the number 0")
-    return Nodes(least, most, host, int(port), wait_seconds)
+    return Nodes(least, most, host, int(port), wait_seconds, secret=secret)
 
 
 def share_out(slots: Sequence[int], global_batch_size: int) -> list[int]:

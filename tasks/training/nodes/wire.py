@@ -1,7 +1,7 @@
 """What the node that leads and one that joins it say to each other: JSON objects, one a line, over TCP.
 
-to a node that joins    run, keep, stop, leave, refuse
-from one                hello, line, ended, going, kept, damaged
+to a node that joins    challenge, welcome, refuse; run, keep, stop, leave
+from one                hello, proof; line, ended, going, kept, damaged
 """
 
 import contextlib
