@@ -72,6 +72,11 @@ def newest_checkpoint(root: Path, facts: dict[str, Any]) -> Path | None:
     return None
 
 
+def newest_sealed(root: Path) -> Path | None:
+    """The newest checkpoint that has a manifest, whatever of it is here."""
+    return next((folder for folder in checkpoint_folders(root) if (folder / MANIFEST_NAME).is_file()), None)
+
+
 def clear_torn(root: Path, newest: Path | None) -> None:
     """Delete what is newer than the checkpoint to resume from: torn, and about to be written again."""
     for folder in checkpoint_folders(root):

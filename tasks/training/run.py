@@ -18,7 +18,7 @@ import pyarrow as pa
 from tasks.errors import RecipeError, WorkerError
 from tasks.machine import TrainingSettings
 from tasks.store import Artifact, Built, Work
-from tasks.training.checkpoints import clear_torn, newest_checkpoint, step_of, written_facts
+from tasks.training.checkpoints import clear_torn, newest_sealed, step_of, written_facts
 from tasks.training.choice import Choice, choose
 from tasks.training.deepspeed import zero_stage
 from tasks.training.launch import run_worker
@@ -204,7 +204,7 @@ def told_where(plan: TrainingPlan, rows: Rows) -> Iterator[None]:
         path = Path(plan.halt_path)
         if not path.exists():
             raise
-        halt, kept = orjson.loads(path.read_bytes()), newest_checkpoint(Path(plan.checkpoint_dir), plan.facts)
+        halt, kept = orjson.loads(path.read_bytes()), newest_sealed(Path(plan.checkpoint_dir))
         counts = [count_rows(file) for file in rows.train_files]
         found = row_references(halt["rows"], rows.train_files, counts, rows.origin)
         told = [[asdict(reference) for reference in references] for references in found]

@@ -10,7 +10,7 @@ import pytest
 from tasks.store import SharedStore
 from tasks.training.remote import FOLDER, Kept, RemoteCheckpoints
 from tests.store.s3 import BUCKET, CREDENTIALS, WEED, Proxy, s3_server
-from tests.training.many import Training, assert_equal, losses_alone
+from tests.training.many import PATIENCE_SECONDS, Training, assert_equal, losses_alone
 from tests.training.netns import Nodes, can_make_nodes, nodes
 from tests.training.one_node import QUICK
 
@@ -51,6 +51,14 @@ class InBucket(Training):
         store = SharedStore(self.url, self.folder / "look", endpoint=self.proxy.server, patience=QUICK)
         keys = store.bucket.names(f"{FOLDER}/pretrained")
         return RemoteCheckpoints(store, "pretrained", keys[0]).kept() if keys else []
+
+    def damage(self, kept: Kept, name: str) -> None:
+        """Flip a bit of a part in the bucket."""
+        store = SharedStore(self.url, self.folder / "look", endpoint=self.proxy.server, patience=QUICK)
+        (found,) = [one.name for one in store.bucket.objects(FOLDER) if one.name.endswith(f"{kept.files[name]['digest']}/{name}")]
+        data = store.bucket.get(found)
+        assert data
+        store.bucket.put(found, data[:-1] + bytes([data[-1] ^ 1]))
 
     def left(self) -> list[str]:
         """What there is of checkpoints."""
@@ -115,6 +123,24 @@ def test_a_node_that_comes_back_fetches_its_own_ranks_files_alone(train: Any, un
     fetched = {asked.target.split("/")[-1] for asked in training.proxy.asked if asked.method == "GET" and resumed in asked.target}
     # Node 0 has its own rank's file on its disk still.
     assert {name for name in fetched if name.startswith("rank-")} == {"rank-1.safetensors"}
+
+
+def test_a_part_that_only_the_other_node_reads_is_found_damaged_and_all_go_on_from_the_one_before(
+    train: Any, unbroken: Any
+) -> None:
+    training = train(2, "zero3")
+    training.await_that(lambda: len(training.kept()) == 2, "two checkpoints in the bucket")
+    for node in (0, 1):
+        training.kill(node)
+        training.processes[node].wait(PATIENCE_SECONDS)
+    newest, older = training.kept()
+    training.damage(newest, "rank-1.safetensors")
+    training.processes = {node: training.start(node, cache=f"cache-new-{node}") for node in (0, 1)}
+    told = training.end(0, 0)
+    assert (told["num_ranks"], told["resumed_from"]) == (2, older.step)
+    assert_equal(told["losses"], unbroken)
+    said = f"checkpoint-{newest.step}: rank-1.safetensors has another digest than its manifest says; the others go on from"
+    assert said in training.log(0)
 
 
 def test_a_node_told_to_end_puts_its_part_of_the_last_checkpoint_first(train: Any, unbroken: Any) -> None:
