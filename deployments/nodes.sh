@@ -20,6 +20,7 @@ done <"$hostfile"
 export SEQMILL_STORE="${SEQMILL_STORE:-$store}"
 export SEQMILL_NODES="${SEQMILL_NODES:-1:${#hosts[@]}}"
 export SEQMILL_RENDEZVOUS="${hosts[0]}:$port"
+export SEQMILL_RENDEZVOUS_SECRET="${SEQMILL_RENDEZVOUS_SECRET:-$(od -An -N32 -tx1 /dev/urandom | tr -d ' \n')}"
 settings=$(export -p | grep '^declare -x SEQMILL_')
 
 joins=()
