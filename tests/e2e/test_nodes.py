@@ -17,6 +17,7 @@ pytestmark = [
     pytest.mark.skipif(not can_make_nodes(), reason="network namespaces take root and iproute2"),
 ]
 
+SECRET = "planted-secret"
 COMMAND = ["-c", "from flows.cli import main; main()"]
 
 
@@ -37,6 +38,7 @@ def test_two_nodes_make_what_one_would_and_the_second_takes_part_in_every_traini
             "SEQMILL_STORE": str(tmp_path / "store"),
             "SEQMILL_NODES": "2",
             "SEQMILL_RENDEZVOUS": f"{net.address(0)}:29400",
+            "SEQMILL_RENDEZVOUS_SECRET": SECRET,
             "SEQMILL_NUM_RANKS": "1",
             "PYTHONPATH": os.pathsep.join(sys.path),
         }
@@ -46,6 +48,7 @@ def test_two_nodes_make_what_one_would_and_the_second_takes_part_in_every_traini
         assert run.wait(1500) == 0, logs[0].read_text()
         assert join.wait(60) == 0, logs[1].read_text()
     said = logs[1].read_text()
+    assert SECRET not in said + logs[0].read_text()
     assert all(f"{kind}: 1 of 2 ranks" in said for kind in ("pretrained", "finetuned", "adapter")), said
     # Keys know nothing of nodes: one machine finds all of it.
     assert {row["status"] for row in plan_of_one_machine(recipe, tmp_path)} == {"found"}
