@@ -111,6 +111,10 @@ class Slurm:
         assert told.returncode == 0, (command, told.stdout, told.stderr)
         return told.stdout
 
+    def can(self, *command: str) -> bool:
+        """Whether a command on the login node ends without a mistake."""
+        return subprocess.run(self.hosts.command(LOGIN, *command), capture_output=True, check=False).returncode == 0
+
     def submit(self, clone: Path, script: str, *options: str, environment: Mapping[str, str]) -> str:
         """`sbatch` in a clone; the job's number."""
         told = self.tell("env", f"--chdir={clone}", "sbatch", "--parsable", *options, script, **environment)
