@@ -21,6 +21,7 @@ from tasks.training.remote import Files, RemoteCheckpoints
 log = logging.getLogger(__name__)
 
 LINKS = ".upload-"
+END_SECONDS = 5.0  # for a request that is under way, when nothing more is to be sent
 
 
 class Others(Protocol):
@@ -80,6 +81,7 @@ class Uploads:
         with self._changed:
             self._is_ended, self._pending = True, None
             self._changed.notify_all()
+            self._await_idle(time.monotonic() + END_SECONDS)
 
     def _run(self) -> None:
         while (step := self._next()) is not None:
@@ -110,6 +112,8 @@ class Uploads:
         send(self.remote, self.root, step, manifest["files"], lambda: self._is_ended)
         if self.others and (problem := self.others.await_kept(step, lambda: self._is_ended)):
             raise WorkerError(problem)
+        if self._is_ended:  # who trains next keeps its own
+            return
         self.remote.keep(manifest, self.metrics(step))
         self.kept_step = step
         size = sum(entry["num_bytes"] for entry in manifest["files"].values())

@@ -53,6 +53,11 @@ def line(tmp_path: Path) -> Line:
     return Line(SharedStore(f"file://{tmp_path}/bucket", tmp_path / "cache"))
 
 
+@pytest.fixture(autouse=True)
+def soon(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tasks.training.uploads.END_SECONDS", 0.05)
+
+
 @pytest.fixture
 def start(line: Line, tmp_path: Path) -> Iterator[Callable[..., Uploads]]:
     started: list[Uploads] = []
