@@ -52,6 +52,9 @@ class Share:
                 "the same SEQMILL_STORE"
             )
         self.root = folder / self.remote.kind / self.remote.key
+        for earlier in folder.glob("*/*"):  # of trainings that are over: a node may stay for many
+            if earlier != self.root:
+                shutil.rmtree(earlier, ignore_errors=True)
 
     def fetch(self, plan: dict[str, Any], ranks: Sequence[int]) -> None:
         """Bring here what these ranks read of the checkpoint to go on from. Raises DamagedPartError."""

@@ -182,6 +182,13 @@ def test_a_node_puts_its_own_part_and_fetches_what_it_needs(line: Line, tmp_path
     assert "is no part of a checkpoint" in str(share.send(1, {"../x": manifest["files"]["progress.json"]}))
 
 
+def test_what_a_node_that_stays_has_of_an_earlier_training_goes(line: Line, tmp_path: Path) -> None:
+    line.sign("here")
+    earlier, now = (saved(tmp_path / "node" / "pretrained" / key, 1) for key in ("b" * 64, KEY))
+    Share(line.store, tmp_path / "node", {"kind": "pretrained", "key": KEY, "sign": "here", "resume": None})
+    assert (earlier.exists(), now.exists()) == (False, True)
+
+
 def test_a_node_with_another_store_is_refused(line: Line, tmp_path: Path) -> None:
     line.sign("here")
     told = {"kind": "pretrained", "key": KEY, "sign": "here", "resume": None}
