@@ -6,13 +6,16 @@ nothing is missing between them.
 """
 
 import bz2
-from collections.abc import Iterable, Iterator
+import io
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import pairwise
 from typing import NamedTuple
 
+import indexed_bzip2
 import numpy as np
 import numpy.typing as npt
 
-from tasks.corpus.compressed import BZIP2_BLOCK, BZIP2_END, BZIP2_HEADER, BZIP2_MARK_BITS
+from tasks.corpus.compressed import BZIP2_BLOCK, BZIP2_END, BZIP2_HEADER, BZIP2_MARK_BITS, combine
 
 # A block of 900 kB of what does not compress, and its tables: no block's end lies further behind its beginning.
 MOST_BLOCK_BYTES = 2 << 20
@@ -54,6 +57,12 @@ def decode_range(data: bytes, start: int, num_bytes: int) -> tuple[bytes, list[P
             opens = _is_header(data[behind : behind + len(BZIP2_HEADER)])
             pieces.append(Piece(False, 8 * start + bit, 8 * start + bit + BZIP2_MARK_BITS, _crc(data, bit), opens))
             continue
+        run = _run(marks, number - 1, 8 * num_bytes)
+        if len(run) > 2 and (text := _decode_run(data, run)) is not None:
+            decoded.append(text)
+            pieces += [Piece(True, 8 * start + first, 8 * start + end, _crc(data, first)) for first, end in pairwise(run)]
+            number += len(run) - 2
+            continue
         for last in range(number, min(number + MOST_CHANCES, len(marks))):
             if (text := _decode_block(data, bit, marks[last][0])) is not None:
                 decoded.append(text)
@@ -91,7 +100,7 @@ def check_chain(pieces: Iterable[Piece], num_bytes: int) -> None:
         if not is_open or piece.start != expected:
             raise RangeError(f"a block is missing near byte {expected // 8}")
         if piece.is_block:
-            combined, expected = (combined << 1 | combined >> 31) & 0xFFFFFFFF ^ piece.crc, piece.end
+            combined, expected = combine(combined, piece.crc), piece.end
             continue
         if piece.crc != combined:
             raise RangeError(f"the stream that ends at byte {piece.start // 8} lacks a block")
@@ -107,18 +116,52 @@ def _is_header(data: bytes) -> bool:
     return data[:3] == BZIP2_HEADER[:3] and data[3:4] in {b"%d" % size for size in range(1, 10)}
 
 
-def _decode_block(data: bytes, first: int, last: int) -> bytes | None:
-    """The block of the bits from ``first`` to ``last``, as a stream of its own; None where they are no block."""
-    num_bits = last - first
-    whole, left = divmod(num_bits, 8)
-    shifted = _shift(data, first, whole + 1)
-    end = (int(shifted[whole]) >> (8 - left)) << BZIP2_MARK_BITS | BZIP2_END << 32 | _crc(data, first)
-    tail_bits = left + BZIP2_MARK_BITS
-    tail = (end << -tail_bits % 8).to_bytes(-(-tail_bits // 8), "big")
+def _run(marks: Sequence[tuple[int, bool]], number: int, end: int) -> list[int]:
+    """The bits where the blocks from mark ``number`` on begin, as long as they begin before ``end``, and the bit behind the last.
+
+    None where no mark stands behind the last.
+    """
+    bits = []
+    for bit, is_block in marks[number:]:
+        bits.append(bit)
+        if not is_block or bit >= end:
+            return bits
+    return []
+
+
+def _decode_run(data: bytes, bits: Sequence[int]) -> bytes | None:
+    """Blocks that follow each other, as ``_run`` gives them; None where one is a mark by chance, or damaged.
+
+    indexed_bzip2 takes two thirds of the time that bz2 does, and on one thread checks the CRC of the whole stream too.
+    """
+    stream = io.BytesIO(_as_stream(data, bits))
     try:
-        return bz2.decompress(BZIP2_HEADER + shifted[:whole].tobytes() + tail)
+        with indexed_bzip2.IndexedBzip2File(stream, parallelization=1) as blocks:
+            text: bytes = blocks.read()
+            return text
+    except (OSError, RuntimeError, ValueError, LookupError, ArithmeticError):  # what C++ raises becomes one of these
+        return None
+
+
+def _decode_block(data: bytes, first: int, last: int) -> bytes | None:
+    """The block of the bits from ``first`` to ``last``; None where they are no block."""
+    try:
+        return bz2.decompress(_as_stream(data, [first, last]))
     except (OSError, ValueError, EOFError):
         return None
+
+
+def _as_stream(data: bytes, bits: Sequence[int]) -> bytes:
+    """The blocks that begin at these bits, of which the last one is where they end, as a stream of their own."""
+    whole, left = divmod(bits[-1] - bits[0], 8)
+    shifted = _shift(data, bits[0], whole + 1)
+    combined = 0
+    for first in bits[:-1]:
+        combined = combine(combined, _crc(data, first))
+    end = (int(shifted[whole]) >> (8 - left)) << BZIP2_MARK_BITS | BZIP2_END << 32 | combined
+    tail_bits = left + BZIP2_MARK_BITS
+    tail = (end << -tail_bits % 8).to_bytes(-(-tail_bits // 8), "big")
+    return BZIP2_HEADER + shifted[:whole].tobytes() + tail
 
 
 def _shift(data: bytes, bit: int, num_bytes: int) -> npt.NDArray[np.uint8]:

@@ -186,7 +186,7 @@ class _Bzip2:
                 kind, crc = _mark(source, bit + self.shift)
                 if kind == BZIP2_BLOCK and bit % 8 == 0:
                     self.last = Mark((bit + self.shift) // 8, decompressed, self.crc)
-                self.crc = _combine(self.crc, crc) if kind == BZIP2_BLOCK else 0
+                self.crc = combine(self.crc, crc) if kind == BZIP2_BLOCK else 0
                 self.last_bit = bit
         return self.last
 
@@ -197,7 +197,7 @@ class _Bzip2:
             for bit in sorted(self.blocks.block_offsets()):
                 kind, crc = _mark(source, bit + self.shift)
                 if kind == BZIP2_BLOCK:
-                    combined, end_bit = _combine(combined, crc), 0
+                    combined, end_bit = combine(combined, crc), 0
                 elif kind == BZIP2_END:
                     if crc != combined:
                         raise CorpusError(
@@ -214,7 +214,7 @@ class _Bzip2:
             )
 
 
-def _combine(combined: int, crc: int) -> int:
+def combine(combined: int, crc: int) -> int:
     """The CRC of a bzip2 stream with one more block."""
     return ((combined << 1 | combined >> 31) & 0xFFFFFFFF) ^ crc
 

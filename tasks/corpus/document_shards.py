@@ -93,14 +93,14 @@ def store_shard(store: ArtifactStore, machine: Machine, identity: Digest, shard:
     return build_documents_shard(store, machine, DocumentsShardSpec(documents=identity))
 
 
-def write_shard(shard: Shard, path: Path) -> None:
+def write_shard(shard: Shard, path: Path, compression: str = "zstd") -> None:
     """Write a shard's documents as DOCUMENTS."""
     offsets = np.concatenate(([0], np.cumsum(np.array(shard.sizes, np.int64))))
     texts = pa.LargeStringArray.from_buffers(len(shard), pa.py_buffer(offsets), pa.py_buffer(shard.data))
     table = pa.Table.from_arrays([texts], schema=DOCUMENTS)
     # No dictionary and no statistics: texts do not repeat, and their least and greatest tell nothing.
     pq.write_table(
-        table, path, row_group_size=ROW_GROUP_DOCUMENTS, compression="zstd", use_dictionary=False, write_statistics=False
+        table, path, row_group_size=ROW_GROUP_DOCUMENTS, compression=compression, use_dictionary=False, write_statistics=False
     )
 
 

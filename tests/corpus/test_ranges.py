@@ -153,6 +153,17 @@ def test_a_mark_by_chance_is_passed_over(monkeypatch: pytest.MonkeyPatch) -> Non
         assert decoded in LINES
 
 
+def test_blocks_in_a_row_are_decoded_together_as_each_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    data = bz2.compress(LINES, 1)
+    together = decode_range(data, 0, len(data))
+    assert together[0] == LINES
+    with monkeypatch.context() as patch:
+        patch.setattr(bzip2, "_decode_run", lambda some, bits: None)
+        assert decode_range(data, 0, len(data)) == together
+    monkeypatch.setattr(bzip2, "_decode_block", lambda some, first, last: pytest.fail("a block was decoded alone"))
+    assert decode_range(data, 0, len(data)) == together
+
+
 def test_a_range_that_is_missing_is_seen() -> None:
     data = bz2.compress(LINES, 1)
     _, pieces = decode_range(data, 0, len(data))
