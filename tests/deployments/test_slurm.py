@@ -66,7 +66,7 @@ class Job:
 
     def resumed_from(self) -> list[int]:
         """The steps from which its trainings went on, oldest first."""
-        return [int(RESUMED.search(part)[1]) for part in self.said.split("resumed from")[1:] if RESUMED.search(part)]  # type: ignore[index]
+        return [int(found[1]) for part in self.said.split("resumed from")[1:] if (found := RESUMED.search(part))]
 
 
 def test_a_job_trains_on_all_cores_of_its_nodes_and_leaves_what_one_machine_finds(cluster: Slurm, clone: Clone) -> None:
