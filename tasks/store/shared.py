@@ -92,7 +92,11 @@ class SharedStore(ArtifactStore):
     # To find
 
     def find(self, kind: str, key: Digest) -> Artifact | None:
-        artifact = self.load(kind, key)
+        known = self._known(kind, key)
+        if known and not all(is_whole(self.root / kind / key / entry.name, entry) for entry in known.files):
+            known = None  # what the cache heard of may be collected since, and it could not give it back
+        manifest = known or self._standing(kind, key)
+        artifact = self._artifact(manifest) if manifest else None
         if artifact is None or self.damage(artifact):
             return None
         self.use(artifact)
@@ -108,11 +112,13 @@ class SharedStore(ArtifactStore):
 
         A shard's is asked for once, any other's every time: a bucket may be cleared.
         """
-        known = super().load(kind, key) if kind.endswith("-shard") and self._has(kind, key) else None
-        if known:
-            return self._artifact(known.manifest)
-        manifest = self._standing(kind, key)
+        manifest = self._known(kind, key) or self._standing(kind, key)
         return self._artifact(manifest) if manifest else None
+
+    def _known(self, kind: str, key: Digest) -> Manifest | None:
+        """A shard's manifest as the cache has it."""
+        known = super().load(kind, key) if kind.endswith("-shard") and self._has(kind, key) else None
+        return known.manifest if known else None
 
     def _standing(self, kind: str, key: Digest) -> Manifest | None:
         """The manifest that the bucket has now; None where there is none to use."""

@@ -65,7 +65,8 @@ class World:
     def check(self) -> None:
         """Every manifest in its place has its files, and the shards it lists."""
         store = self["checker"]
-        for artifact in store.artifacts():
+        for artifact in store.load_all(store.refs()):
+            assert artifact
             assert store.damage(artifact, digests=True) is None
 
 
@@ -399,6 +400,21 @@ def test_a_copy_that_heard_of_it_before_it_was_built_anew_is_read_where_it_is_no
     found = spell(world["stale"], "ab")
     assert [found.shard_file(entry, "letter").read_text() for entry in found.shards()] == ["a", "b"]
     assert found.read("word.txt", 0, 1) == b"a" if found.has_file("word.txt") else True
+
+
+def test_a_copy_that_heard_of_what_was_collected_since_builds_it_again(world: World) -> None:
+    old = world.run("ab", machine="stale")
+    for path in world["stale"].root.glob("letters-shard/*/letter"):
+        path.unlink()
+    world.run("xyz")
+    world.pass_by(3)
+    world.collect()
+    world.pass_by(2)
+    assert world.collect().deleted_bytes
+    BUILDS.clear()
+    assert world.run("ab", machine="stale").content == old.content
+    assert BUILDS == ["letters", "a", "b"]  # the word was whole in the cache
+    world.check()
 
 
 # Whatever happens
