@@ -7,7 +7,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 SEQMILL := $(BIN)/seqmill
-PIP := $(BIN)/pip --disable-pip-version-check install --constraint requirements.lock --editable
+PIP := $(BIN)/pip --disable-pip-version-check install --constraint requirements.lock
 
 # Processes that run tests, a file of them at a time.
 JOBS ?= 2
@@ -67,11 +67,11 @@ ui: .venv/.demo
 # On a terminal pip shows its own progress; elsewhere a line every 20 s says how far it is.
 define install
 @echo "installing $(1) into .venv (about 2 GB; a minute or two where the network is fast)"
-@if [ -t 1 ]; then exec $(PIP) '$(1)'; fi; \
+@if [ -t 1 ]; then exec $(PIP) --editable '$(1)'; fi; \
 	while sleep 2 && kill -0 $$$$ 2>/dev/null; do \
 		n=$$((n + 1)); [ $$((n % 10)) -ne 0 ] || echo "installing: $$(du -sm .venv | cut -f1) MB after $$((n * 2)) s"; \
 	done & \
-	$(PIP) --quiet '$(1)'; code=$$?; kill $$!; exit $$code
+	$(PIP) --quiet --editable '$(1)'; code=$$?; kill $$!; exit $$code
 endef
 
 .venv/.demo: pyproject.toml requirements.lock | .venv/bin/python
