@@ -128,17 +128,20 @@ class Node:
 
     def serve(self) -> bool:
         """Do as the node that leads says; returns whether it has let this one go, or is gone."""
-        while (message := self.wire.receive()) is not None:
-            match message["say"]:
-                case "run":
-                    self._run(message)
-                case "keep":
-                    self._keep(message)
-                case "stop":
-                    self.stop()
-                case "leave":
-                    return True
-        return False
+        try:
+            while (message := self.wire.receive()) is not None:
+                match message["say"]:
+                    case "run":
+                        self._run(message)
+                    case "keep":
+                        self._keep(message)
+                    case "stop":
+                        self.stop()
+                    case "leave":
+                        return True
+            return False
+        finally:
+            self._end_share()
 
     def stop(self) -> None:
         """End this node's ranks at once: those on the other nodes are ending too."""
@@ -199,8 +202,8 @@ class Node:
         """The plan with this node's paths, and what brings its files here where the store is not a folder of this node."""
         first = sum(launch.ranks[: launch.node])
         ranks = range(first, first + launch.ranks[launch.node])
+        self._end_share()
         told = {"plan": message["plan"], "seen": message.get("seen")}
-        self.share = None
         if kept := message.get("kept"):
             assert self.folder
             self.share = Share(self.store, self.folder, kept)
@@ -222,6 +225,12 @@ class Node:
             self.wire.send({"say": "kept", "party": party, "step": step, "why": why})
 
         threading.Thread(target=keep, name="keep", daemon=True).start()
+
+    def _end_share(self) -> None:
+        """Else this process would not end before all that is being sent has been."""
+        if self.share:
+            self.share.end()
+        self.share = None
 
     def _go(self) -> None:
         """Leave, once this node's ranks have ended; where the last checkpoint goes into a bucket, when it is there."""

@@ -61,7 +61,7 @@ class Kept:
 
     def objects(self) -> set[str]:
         """The names, below the training's folder, of all that it consists of."""
-        return {_name(self.step, name, entry["digest"]) for name, entry in (*self.files.items(), (METRICS, self.metrics))}
+        return part_objects(self.step, {**self.files, METRICS: self.metrics})
 
 
 def check_manifest(manifest: Any) -> dict[str, Any]:
@@ -99,16 +99,19 @@ class RemoteCheckpoints:
         return f"{self.bucket.url}/{self.folder}"
 
     def kept(self) -> list[Kept]:
-        """The whole checkpoints, newest first. Raises StoreError where the bucket does not answer."""
+        """The whole checkpoints, newest first. Raises StoreError where the bucket does not answer, or with nothing of ours."""
         data = self.bucket.get(f"{self.folder}/{KEPT}")
         self._known = {data}
         if data is None:
             return []
         try:
-            return [Kept(check_manifest(one["manifest"]), dict(one["metrics"])) for one in orjson.loads(data)]
+            return [Kept(check_manifest(one["manifest"]), _checked_metrics(one["metrics"])) for one in orjson.loads(data)]
         except (ValueError, KeyError, TypeError) as error:
-            log.warning("%s/%s: unreadable (%s); what it names is passed over", self.address, KEPT, error)
-            return []
+            # Not as if there were none: what it names would be deleted as leftovers.
+            raise StoreError(
+                f"{self.address}/{KEPT}: cannot be read ({error}); run with the release of seqmill that wrote it, or delete "
+                f"{self.address} to start over"
+            ) from error
 
     # To keep
 
@@ -116,6 +119,7 @@ class RemoteCheckpoints:
         """Send those of a checkpoint's files that lie in ``folder``; what ``advance`` raises breaks it off."""
 
         def send(name: str) -> None:
+            advance(0)  # else one that is broken off still begins every file
             self.bucket.upload(folder / name, self._place(step, name, files[name]["digest"]), advance)
 
         _at_once(NUM_PARTS, send, [name for name in files if (folder / name).is_file()])
@@ -131,6 +135,11 @@ class RemoteCheckpoints:
         kept = sorted(kept, key=lambda one: one.step, reverse=True)[:NUM_KEPT]
         self._write(kept)
         self._delete_but(kept, {name for one in before for name in one.objects()})
+
+    def clear(self, tried: set[str]) -> None:
+        """Delete objects of checkpoints that did not come to be."""
+        if tried:
+            self._delete_but(self._current(), tried)
 
     def begin(self, step: int) -> None:
         """Forget what is newer than the checkpoint of ``step`` (0: all), which is about to be trained again; remove leftovers."""
@@ -271,6 +280,17 @@ def forget(store: SharedStore, kind: str, key: str) -> None:
 
 def _listed(bucket: Bucket, folder: str) -> list[str]:
     return [one.name for one in bucket.objects(folder)]
+
+
+def part_objects(step: int, files: Files) -> set[str]:
+    """The names, below the training's folder, of a checkpoint's files."""
+    return {_name(step, name, entry["digest"]) for name, entry in files.items()}
+
+
+def _checked_metrics(entry: Mapping[str, Any]) -> dict[str, Any]:
+    if not DIGEST.fullmatch(entry["digest"]):
+        raise ValueError(f"{entry['digest']!r} is no digest")
+    return dict(entry)
 
 
 def _name(step: int, name: str, digest: str) -> str:

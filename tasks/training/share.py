@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from tasks.errors import SeqmillError, SettingsError, StoreError
+from tasks.errors import SettingsError, StoreError
 from tasks.machine import quiet
 from tasks.store import ArtifactStore
 from tasks.store.lease import try_lock
@@ -21,7 +21,7 @@ from tasks.store.store import is_at
 from tasks.training.checkpoints import clear_torn, step_of
 from tasks.training.remote import Kept, RemoteCheckpoints, check_files, check_manifest, remote_at
 from tasks.training.resuming import needed_files
-from tasks.training.uploads import send
+from tasks.training.uploads import send, told
 
 JOINED = ".joined"
 
@@ -33,25 +33,25 @@ class DamagedPartError(StoreError):
 class Share:
     """This node's part in one training's checkpoints, as the node that leads tells of them."""
 
-    def __init__(self, store: ArtifactStore, folder: Path, told: dict[str, Any]) -> None:
-        """told: kind and key of the artifact; a sign; the manifest of the checkpoint to go on from, or None.
+    def __init__(self, store: ArtifactStore, folder: Path, place: dict[str, Any]) -> None:
+        """place: kind and key of the artifact; a sign; the manifest of the checkpoint to go on from, or None.
 
         Raises SettingsError where this node's store is another.
         """
         try:
-            self.remote: RemoteCheckpoints = remote_at(store, told["kind"], told["key"])
-            self.resume = Kept(check_manifest(told["resume"]), {}) if told["resume"] else None
+            self.remote: RemoteCheckpoints = remote_at(store, place["kind"], place["key"])
+            self.resume = Kept(check_manifest(place["resume"]), {}) if place["resume"] else None
         except (ValueError, KeyError) as error:
             raise SettingsError(
                 f"{platform.node()}: checkpoints of {error}, which this node's store {store.address} has no place for; give all "
                 "nodes the same SEQMILL_STORE and SEQMILL_CHECKPOINTS"
             ) from error
-        if not self.remote.has_sign(told["sign"]):
+        if not self.remote.has_sign(place["sign"]):
             raise SettingsError(
                 f"{platform.node()}: {self.remote.address} is not where the node that leads keeps checkpoints; give all nodes "
                 "the same SEQMILL_STORE"
             )
-        self.root = folder / self.remote.kind / self.remote.key
+        self.root, self.is_ended = folder / self.remote.kind / self.remote.key, False
         for earlier in folder.glob("*/*"):  # of trainings that are over: a node may stay for many
             if earlier != self.root:
                 shutil.rmtree(earlier, ignore_errors=True)
@@ -70,12 +70,16 @@ class Share:
                     raise DamagedPartError(f"{self.remote.address}/{resume.name}: {problem}")
 
     def send(self, step: int, files: Any) -> str | None:
-        """Put the files of a checkpoint that lie here into the bucket; what kept this node from it."""
+        """Put the files of a checkpoint that lie here into the bucket; what kept this node from it, whatever it is."""
         try:
-            send(self.remote, self.root, int(step), check_files(files))
-        except (SeqmillError, OSError, ValueError, TypeError, AttributeError) as error:
-            return str(error)
+            send(self.remote, self.root, int(step), check_files(files), lambda: self.is_ended)
+        except Exception as error:  # the node that leads waits for an answer
+            return told(error)
         return None
+
+    def end(self) -> None:
+        """Send nothing more, and break off what is being sent: nobody waits for it."""
+        self.is_ended = True
 
 
 @contextmanager

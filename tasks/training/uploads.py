@@ -1,12 +1,13 @@
 """A training's checkpoints on their way into a bucket, beside the training: always the newest one that is whole here.
 
 Reads   checkpoints/checkpoint-<step>/*   of this node's ranks; other nodes send their own
-Writes  checkpoints/.upload-<step>/       hard links, so that a checkpoint pruned meanwhile is sent whole
+Writes  checkpoints/.upload-<random>/       hard links, so that a checkpoint pruned meanwhile is sent whole
 """
 
 import logging
 import os
 import shutil
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -16,7 +17,7 @@ from typing import Protocol
 
 from tasks.errors import SeqmillError, WorkerError
 from tasks.training.checkpoints import read_manifest
-from tasks.training.remote import Files, RemoteCheckpoints
+from tasks.training.remote import Files, RemoteCheckpoints, part_objects
 
 log = logging.getLogger(__name__)
 
@@ -43,6 +44,7 @@ class Uploads:
         """metrics: the reports up to a step. kept_step: that of the newest checkpoint in the bucket, 0 where there is none."""
         self.remote, self.root, self.metrics, self.others = remote, root, metrics, others
         self.sealed_step = self.kept_step = kept_step  # the newest here, and in the bucket
+        self._tried: set[str] = set()  # what may be in the bucket of checkpoints that did not come to be
         self._pending: int | None = None
         self._is_busy = self._is_ended = False
         self._changed = threading.Condition()
@@ -87,11 +89,11 @@ class Uploads:
         while (step := self._next()) is not None:
             try:
                 self._upload(step)
-            except (SeqmillError, OSError, ValueError) as error:
+            except Exception as error:  # whatever it is: it would end this thread, and no later checkpoint would be sent
                 if not self._is_ended:
                     log.warning(
                         "checkpoint-%d: not put into the bucket (%s); training goes on, the next one is tried%s",
-                        step, error, self._fallback(),
+                        step, told(error), self._fallback(),
                     )  # fmt: skip
             finally:
                 with self._changed:
@@ -107,20 +109,29 @@ class Uploads:
 
     def _upload(self, step: int) -> None:
         started, manifest = time.monotonic(), read_manifest(self.root / f"checkpoint-{step}")
+        files = manifest["files"]
+        objects = part_objects(step, files)
+        self.remote.clear(self._tried - objects)
+        self._tried = objects
         if self.others:
-            self.others.ask_to_keep(step, manifest["files"])
-        send(self.remote, self.root, step, manifest["files"], lambda: self._is_ended)
+            self.others.ask_to_keep(step, files)
+        send(self.remote, self.root, step, files, lambda: self._is_ended)
         if self.others and (problem := self.others.await_kept(step, lambda: self._is_ended)):
             raise WorkerError(problem)
         if self._is_ended:  # who trains next keeps its own
             return
         self.remote.keep(manifest, self.metrics(step))
-        self.kept_step = step
-        size = sum(entry["num_bytes"] for entry in manifest["files"].values())
+        self.kept_step, self._tried = step, set()
+        size = sum(entry["num_bytes"] for entry in files.values())
         log.info("checkpoint-%d: in the bucket after %.1f s, %.1f MB", step, time.monotonic() - started, size / 1e6)
 
     def _fallback(self) -> str:
         return f"; checkpoint-{self.kept_step} is the newest there" if self.kept_step else "; none is there yet"
+
+
+def told(error: Exception) -> str:
+    """An error in a log's line: its own words, behind its name where they are not ours."""
+    return str(error) if isinstance(error, SeqmillError | OSError) else f"{type(error).__name__}: {error}"
 
 
 class EndedError(WorkerError):
@@ -141,9 +152,7 @@ def send(remote: RemoteCheckpoints, root: Path, step: int, files: Files, is_ende
 @contextmanager
 def linked(root: Path, step: int) -> Iterator[Path]:
     """A checkpoint's files by other names: the ranks may delete theirs at any time. Raises OSError where they are gone."""
-    links = root / f"{LINKS}{step}"
-    shutil.rmtree(links, ignore_errors=True)
-    links.mkdir()
+    links = Path(tempfile.mkdtemp(prefix=LINKS, dir=root))  # by no name of the step: it may be asked for again meanwhile
     try:
         for path in (root / f"checkpoint-{step}").iterdir():
             if path.is_file() and not path.name.startswith("."):

@@ -5,6 +5,7 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -236,3 +237,14 @@ def connected() -> tuple[socket.socket, socket.socket]:
     with socket.create_server(("127.0.0.1", 0)) as server:
         one = socket.create_connection(server.getsockname())
         return one, server.accept()[0]
+
+
+def test_no_part_is_asked_for_once_a_node_is_gone(crew: Crew, tmp_path: Path) -> None:
+    with_crew = reach(crew)
+    party, _ = party_of(crew, tmp_path)
+    party.ask_to_keep(1, {})
+    with_crew.close()
+    while crew.members:
+        time.sleep(0.01)
+    with pytest.raises(NodeLostError, match="is gone"):
+        party.ask_to_keep(2, {})

@@ -5,6 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import orjson
 import pytest
 
 from tasks.errors import StoreError
@@ -138,13 +139,28 @@ def test_a_run_that_another_has_taken_over_from_keeps_nothing_more(
     assert steps(open_remote()) == [2, 1]
 
 
-@pytest.mark.parametrize("data", [b"", b"{", b"[1]", b'[{"manifest": {"facts": {}, "files": {}, "digest": ""}, "metrics": {}}]'])
-def test_what_cannot_be_read_counts_as_none_and_is_named(
-    remote: RemoteCheckpoints, data: bytes, caplog: pytest.LogCaptureFixture
+ANOTHER = b'[{"manifest": {"facts": {}, "files": {}, "digest": ""}, "metrics": {}}]'
+
+
+@pytest.mark.parametrize("data", [b"", b"{", b"[1]", ANOTHER])
+def test_what_cannot_be_read_ends_the_run_and_takes_no_checkpoint_away(
+    remote: RemoteCheckpoints, tmp_path: Path, data: bytes
 ) -> None:
+    kept(remote, saved(tmp_path, 1))
     remote.bucket.put(f"{remote.folder}/{KEPT}", data)
-    assert steps(remote) == []
-    assert f"{remote.address}/{KEPT}: unreadable" in caplog.text
+    for ask in (remote.kept, lambda: remote.begin(0), lambda: find(tmp_path, remote)):
+        with pytest.raises(StoreError, match=rf"{KEPT}: cannot be read .*, or delete {remote.address} to start over"):
+            ask()
+    assert objects(remote) == sorted([*of_step(1), KEPT])
+
+
+def test_reports_whose_name_leads_out_of_a_folder_are_refused(remote: RemoteCheckpoints, tmp_path: Path) -> None:
+    kept(remote, saved(tmp_path, 1))
+    (one,) = remote.kept()
+    entry = {"manifest": one.manifest, "metrics": {"num_bytes": 1, "digest": "../../other"}}
+    remote.bucket.put(f"{remote.folder}/{KEPT}", orjson.dumps([entry]))
+    with pytest.raises(StoreError, match=f"{KEPT}: cannot be read"):
+        remote.kept()
 
 
 @pytest.mark.parametrize("name", ["../rank-0.safetensors", "/etc/x.json", "a/b.json", ".x.json", "rank-0.pt", ""])

@@ -14,14 +14,14 @@ from tasks.store import ArtifactStore, SharedStore
 from tasks.training.checkpoints import read_manifest
 from tasks.training.remote import Files, RemoteCheckpoints
 from tasks.training.share import Share, own_folder
-from tasks.training.uploads import LINKS, Uploads
-from tests.training.test_remote import KEY, PARTS, saved, steps
+from tasks.training.uploads import LINKS, Uploads, linked
+from tests.training.test_remote import KEY, PARTS, objects, saved, steps
 
 WAIT_SECONDS = 20.0
 
 
 class Line(RemoteCheckpoints):
-    """A bucket behind a line that is told, for every checkpoint, to let it through ("pass") or to be down."""
+    """A bucket behind a line that is told, for every checkpoint, to "pass" it, to be "down" after a part, or "broken"."""
 
     def __init__(self, store: SharedStore) -> None:
         super().__init__(store, "pretrained", KEY)
@@ -30,7 +30,11 @@ class Line(RemoteCheckpoints):
 
     def put(self, folder: Path, step: int, files: Files, advance: Callable[[int], None]) -> None:
         self.begun.put(step)
-        if self.fates.get(timeout=WAIT_SECONDS) == "down":
+        fate = self.fates.get(timeout=WAIT_SECONDS)
+        if fate == "broken":
+            raise RuntimeError("cannot start new thread")
+        if fate == "down":
+            super().put(folder, step, {name: files[name] for name in PARTS[:1]}, advance)
             raise StoreError("no answer")
         super().put(folder, step, files, advance)
 
@@ -119,6 +123,32 @@ def test_a_bucket_that_is_down_is_told_of_and_the_next_checkpoint_is_tried(
     assert steps(line) == [2]
 
 
+def test_what_nobody_foresaw_keeps_one_checkpoint_away_and_not_the_next(
+    line: Line, start: Callable[..., Uploads], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    uploads = start()
+    for step, fate in ((1, "broken"), (2, "pass")):
+        saved(tmp_path, step)
+        line.fates.put(fate)
+        uploads.add(step)
+        assert line.begun.get(timeout=WAIT_SECONDS) == step
+    uploads.finish(WAIT_SECONDS)
+    assert steps(line) == [2]
+    assert "checkpoint-1: not put into the bucket (RuntimeError: cannot start new thread)" in caplog.text
+
+
+def test_parts_of_those_that_did_not_come_to_be_do_not_pile_up(line: Line, start: Callable[..., Uploads], tmp_path: Path) -> None:
+    uploads = start()
+    for step in (1, 2, 3):
+        saved(tmp_path, step)
+        line.fates.put("down")
+        uploads.add(step)
+        assert line.begun.get(timeout=WAIT_SECONDS) == step
+    line.fates.put("down")
+    uploads.finish(WAIT_SECONDS)
+    assert objects(line) == ["checkpoint-3/rank-0.safetensors"]
+
+
 def test_at_the_end_the_last_one_that_failed_is_tried_once_more(
     line: Line, start: Callable[..., Uploads], tmp_path: Path
 ) -> None:
@@ -180,6 +210,26 @@ def test_a_node_puts_its_own_part_and_fetches_what_it_needs(line: Line, tmp_path
     found = [one.name.split("/")[-1] for one in line.bucket.objects(f"{line.folder}/checkpoint-1")]
     assert found == ["rank-0.safetensors"]
     assert "is no part of a checkpoint" in str(share.send(1, {"../x": manifest["files"]["progress.json"]}))
+
+
+def test_a_checkpoint_asked_for_twice_is_sent_twice_at_once(line: Line, tmp_path: Path) -> None:
+    """As at the end, where node 0 has failed and tries again while another node still sends."""
+    folder = saved(tmp_path, 1)
+    with linked(tmp_path, 1) as first:
+        with linked(tmp_path, 1) as second:
+            assert {path.name for path in first.iterdir()} == {path.name for path in second.iterdir()} >= set(PARTS)
+        assert (first / PARTS[0]).read_bytes() == (folder / PARTS[0]).read_bytes()
+    assert list(tmp_path.glob(f"{LINKS}*")) == []
+
+
+def test_a_node_that_is_let_go_sends_nothing_more_and_says_why(line: Line, tmp_path: Path) -> None:
+    line.sign("here")
+    folder = saved(tmp_path / "node" / "pretrained" / KEY, 1)
+    share = Share(line.store, tmp_path / "node", {"kind": "pretrained", "key": KEY, "sign": "here", "resume": None})
+    share.end()
+    assert share.send(1, read_manifest(folder)["files"]) == "checkpoint-1: broken off"
+    assert objects(line) == ["sign"]
+    assert "KeyError" in str(share.send(1, {PARTS[0]: {}}))
 
 
 def test_what_a_node_that_stays_has_of_an_earlier_training_goes(line: Line, tmp_path: Path) -> None:
