@@ -31,6 +31,9 @@ class Others(Protocol):
     def ask_to_keep(self, step: int, files: Files) -> None:
         """Have each send what it has of a checkpoint's files."""
 
+    def has_lost(self) -> bool:
+        """Whether one is gone, without whose files no checkpoint of theirs can be whole."""
+
     def await_kept(self, step: int, is_ended: Callable[[], bool]) -> str | None:
         """Wait until each has; what kept one from it, None where nothing did."""
 
@@ -115,7 +118,7 @@ class Uploads:
         self._tried = objects
         if self.others:
             self.others.ask_to_keep(step, files)
-        send(self.remote, self.root, step, files, lambda: self._is_ended)
+        send(self.remote, self.root, step, files, lambda: self._is_ended or bool(self.others and self.others.has_lost()))
         if self.others and (problem := self.others.await_kept(step, lambda: self._is_ended)):
             raise WorkerError(problem)
         if self._is_ended:  # who trains next keeps its own

@@ -239,12 +239,11 @@ def connected() -> tuple[socket.socket, socket.socket]:
         return one, server.accept()[0]
 
 
-def test_no_part_is_asked_for_once_a_node_is_gone(crew: Crew, tmp_path: Path) -> None:
+def test_a_party_knows_whether_all_of_its_nodes_are_there(crew: Crew, tmp_path: Path) -> None:
     with_crew = reach(crew)
     party, _ = party_of(crew, tmp_path)
-    party.ask_to_keep(1, {})
+    assert not party.has_lost()
     with_crew.close()
     while crew.members:
         time.sleep(0.01)
-    with pytest.raises(NodeLostError, match="is gone"):
-        party.ask_to_keep(2, {})
+    assert party.has_lost()

@@ -43,10 +43,13 @@ class Others:
     """Other nodes, which say what they are told to."""
 
     def __init__(self, problem: str | None) -> None:
-        self.problem, self.asked = problem, list[int]()
+        self.problem, self.asked, self.is_lost = problem, list[int](), False
 
     def ask_to_keep(self, step: int, files: Files) -> None:
         self.asked.append(step)
+
+    def has_lost(self) -> bool:
+        return self.is_lost
 
     def await_kept(self, step: int, is_ended: Callable[[], bool]) -> str | None:
         return self.problem
@@ -197,6 +200,21 @@ def test_a_checkpoint_of_several_nodes_is_there_once_all_have_put_their_part(
     uploads.finish(WAIT_SECONDS)
     assert steps(line) == there
     assert set(others.asked) == {1}
+
+
+def test_nothing_more_of_a_checkpoint_is_sent_once_a_node_is_gone_without_whom_it_is_not_whole(
+    line: Line, start: Callable[..., Uploads], tmp_path: Path
+) -> None:
+    others = Others(None)
+    uploads = start(others)
+    saved(tmp_path, 1)
+    uploads.add(1)
+    assert line.begun.get(timeout=WAIT_SECONDS) == 1
+    others.is_lost = True
+    for _ in range(2):
+        line.fates.put("pass")
+    uploads.finish(WAIT_SECONDS)
+    assert objects(line) == []
 
 
 def test_a_node_puts_its_own_part_and_fetches_what_it_needs(line: Line, tmp_path: Path) -> None:

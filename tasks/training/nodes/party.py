@@ -87,11 +87,13 @@ class Party:
         return {"kept": {"kind": self.remote.kind, "key": self.remote.key, "sign": sign, "resume": manifest}}
 
     def ask_to_keep(self, step: int, files: Files) -> None:
-        """Have each member put its ranks' files of a checkpoint into the bucket. Raises NodeLostError where one is gone."""
-        if gone := next((member for member in self.members if member not in self.crew.members), None):
-            raise NodeLostError(f"node {gone} is gone")
+        """Have each member put its ranks' files of a checkpoint into the bucket."""
         for member in self.members:
             member.wire.send({"say": "keep", "party": self.number, "step": step, "files": files})
+
+    def has_lost(self) -> bool:
+        """Whether a member is gone."""
+        return any(member not in self.crew.members for member in self.members)
 
     def await_kept(self, step: int, is_ended: Callable[[], bool]) -> str | None:
         """Wait until each has; what kept one from it, None where nothing did."""
