@@ -1,7 +1,7 @@
 """A training's checkpoints on their way into a bucket, beside the training: always the newest one that is whole here.
 
 Reads   checkpoints/checkpoint-<step>/*   of this node's ranks; other nodes send their own
-Writes  checkpoints/.upload-<random>/       hard links, so that a checkpoint pruned meanwhile is sent whole
+Writes  checkpoints/.upload-<random>/     hard links, so that a checkpoint pruned meanwhile is sent whole
 """
 
 import logging
