@@ -16,7 +16,7 @@ import pytest
 from tasks.errors import StoppedError
 from tasks.machine import Machine, TrainingSettings
 from tasks.store import Artifact
-from tasks.training.checkpoints import checkpoint_folders
+from tasks.training.checkpoints import checkpoint_folders, step_of, verified
 from tasks.training.meter import MEASURED
 from tasks.training.model import ModelSpec
 from tasks.training.pretrained import PretrainedSpec, build_pretrained
@@ -82,15 +82,17 @@ def test_killed_torn_and_resumed_equals_never_killed(whole: Artifact, tmp_path: 
     killed = subprocess.run([sys.executable, "-c", DIE_AT_13, str(tmp_path)], check=False)
     assert killed.returncode == -9
     store, *_ = blocks_and_tokenizer(tmp_path)
-    newest, older = checkpoint_folders(store.staging("pretrained", whole.key) / ".scratch" / "checkpoints")
-    assert (newest.name, older.name) == ("checkpoint-10", "checkpoint-5")
+    folders = checkpoint_folders(store.staging("pretrained", whole.key) / ".scratch" / "checkpoints")
+    # On a busy machine the ranks may have come further than what their parent had heard when it died.
+    newest, older = [folder for folder in folders if verified(folder)[1] is None][:2]
+    assert step_of(older) == step_of(newest) - 5 >= 5
     tear(newest)
 
     with caplog.at_level(logging.INFO):
         resumed = pretrained(tmp_path, spec(checkpoint_steps=5))
-    assert "checkpoint-10: passed over: " in caplog.text
-    assert f"pretrained: resumed from {older}, step 5 of 20" in caplog.text
-    assert resumed.manifest.produced_by["resumed_from"] == 5
+    assert f"{newest.name}: passed over: " in caplog.text
+    assert f"pretrained: resumed from {older}, step {step_of(older)} of 20" in caplog.text
+    assert resumed.manifest.produced_by["resumed_from"] == step_of(older)
     assert losses(resumed) == losses(whole)
     assert resumed.content == whole.content
     assert resumed.stats == whole.stats
