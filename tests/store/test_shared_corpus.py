@@ -14,6 +14,7 @@ import pytest
 from flows.verify import verify
 from tasks.machine import Machine
 from tasks.store import Artifact, ArtifactStore, SharedStore
+from tasks.store.layout import file_name
 from tests.corpus.http_server import Loopback, serving
 from tests.e2e.world import World
 from tests.faults.corpus import Sources, build_all
@@ -114,7 +115,7 @@ def test_verify_reads_every_byte_and_finds_one_that_changed(built: dict[str, Art
     shard = store.load(entry.kind, entry.key)
     assert shard
     (file,) = shard.manifest.files
-    name = f"{shard.ref}/{file.digest}/{file.name}"
+    name = file_name(shard.manifest, file)
     data = store.bucket.get(name)
     assert data
     store.bucket.put(name, b"x" + data[1:])
