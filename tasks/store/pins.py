@@ -13,6 +13,8 @@ from contextlib import contextmanager
 from datetime import UTC, datetime
 from typing import Any
 
+import orjson
+
 from tasks.errors import StoreError
 from tasks.store.artifact import Artifact
 from tasks.store.notes import Notes
@@ -101,9 +103,9 @@ def last_refs(runs: Sequence[Mapping[str, Any]], keep_last: int) -> set[str]:
 def unfinished(runs: Sequence[Mapping[str, Any]], now: float) -> list[tuple[float, Mapping[str, Any]]]:
     """The runs, of these, that stopped on their way and may go on, each with when it began; both in seconds since 1970.
 
-    Of each recipe and each end the last run counts, and none that began longer than UNFINISHED_SECONDS ago.
+    Of each recipe, with each overrides, and each end the last run counts, and none that began longer than UNFINISHED_SECONDS ago.
     """
-    last = {(run.get("recipe"), tuple(run.get("until") or ())): run for run in runs}
+    last = {(run.get("recipe"), _overrides(run), tuple(run.get("until") or ())): run for run in runs}
     stopped = [run for run in last.values() if run.get("state") != "finished" and "started" in run]
     began = [(datetime.fromisoformat(run["started"]).timestamp(), run) for run in stopped]
     return [(when, run) for when, run in began if when >= now - UNFINISHED_SECONDS]
@@ -112,6 +114,10 @@ def unfinished(runs: Sequence[Mapping[str, Any]], now: float) -> list[tuple[floa
 def unfinished_since(runs: Sequence[Mapping[str, Any]], now: float) -> float | None:
     """When the earliest of those began; None where there is none."""
     return min((when for when, _ in unfinished(runs, now)), default=None)
+
+
+def _overrides(run: Mapping[str, Any]) -> bytes:
+    return orjson.dumps(run.get("overrides") or {}, default=str, option=orjson.OPT_SORT_KEYS)
 
 
 def _pin_name(artifact: Artifact) -> str:
