@@ -34,20 +34,28 @@ class Cache:
     def __init__(self, root: Path) -> None:
         self.root = root
 
-    def remember(self, kind: str, key: Digest, data: bytes, manifest: Manifest) -> None:
-        """Keep a manifest."""
-        path = self.root / kind / key / MANIFEST_NAME
-        with contextlib.suppress(OSError):  # a cache that cannot be written asks again
-            if not path.exists() or path.read_bytes() != data:
-                path.parent.mkdir(parents=True, exist_ok=True)
-                # Not waited for until it is on disk: one that a power cut takes is asked for again, and there may be 100,000.
-                partial = path.with_name(f".{path.name}.{secrets.token_hex(4)}.partial")
-                try:
-                    partial.write_bytes(data)
-                    partial.rename(path)
-                finally:
-                    partial.unlink(missing_ok=True)
-                _date(path.parent, manifest)
+    def remember(self, kind: str, key: Digest, data: bytes, manifest: Manifest, *, is_strict: bool = False) -> None:
+        """Keep a manifest. A cache that cannot be written asks again; is_strict: raises StoreError."""
+        try:
+            self._remember(self.root / kind / key / MANIFEST_NAME, data, manifest)
+        except OSError as error:
+            if is_strict:
+                raise StoreError(
+                    f"{error.filename or self.root}: {error.strerror or error}; mend that, or name another cache in SEQMILL_CACHE"
+                ) from error
+
+    def _remember(self, path: Path, data: bytes, manifest: Manifest) -> None:
+        if path.exists() and path.read_bytes() == data:
+            return
+        path.parent.mkdir(parents=True, exist_ok=True)
+        # Not waited for until it is on disk: one that a power cut takes is asked for again, and there may be 100,000.
+        partial = path.with_name(f".{path.name}.{secrets.token_hex(4)}.partial")
+        try:
+            partial.write_bytes(data)
+            partial.rename(path)
+        finally:
+            partial.unlink(missing_ok=True)
+        _date(path.parent, manifest)
 
     def holder(self) -> str:
         """The name of this cache folder on this machine, by which a builder knows an earlier process of its own."""

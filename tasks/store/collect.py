@@ -152,7 +152,7 @@ class _Sweep:
             wanted = [ref for ref in refs if self.reach.has(*ref)]
             self.store.at_once(lambda ref: self.store.rescue(ref[0], Digest(ref[1])), wanted)
         due = [(kind, key) for kind, key in refs if self._is_doomed(kind, key)]
-        found = self.store.at_once(lambda ref: self.survey.sentences.get(ref) or sentence_of(self.bucket, *ref), due)
+        found = self.store.at_once(lambda ref: sentence_of(self.bucket, *ref), due)
         condemned = [(kind, key, sentence) for (kind, key), sentence in zip(due, found, strict=True) if sentence]
         fallen = [True] * len(condemned) if self.dry_run else self.store.at_once(self._falls, condemned)
         names: list[str] = []
@@ -174,7 +174,8 @@ class _Sweep:
     def _is_doomed(self, kind: str, key: str) -> bool:
         if self.reach.has(kind, key):
             return False
-        if self.survey.is_due(kind, key) and not self.held.has(kind, key):
+        is_held = self.held.has(kind, key) or self.survey.may_be_listed(kind)
+        if self.survey.is_due(self.survey.trash[kind, key].modified) and not is_held:
             return True
         if not kind.endswith(SHARD):
             self.held.follow({f"{kind}/{key}"})
@@ -183,6 +184,8 @@ class _Sweep:
     def _falls(self, condemned: tuple[str, str, Sentence]) -> bool:
         """Whether it is ours to delete its files."""
         kind, key, sentence = condemned
+        if not self.survey.is_due(sentence.pronounced):  # had back, and condemned anew, while this collector slept
+            return False
         if self._stands_at(kind, key, sentence):  # a collector was killed before it took the manifest out of its place
             self._forget([(kind, key)])
             return False
@@ -245,9 +248,10 @@ class _Sweep:
             self._delete("damaged", damaged)
         if self.dry_run:
             return
-        claims = [
-            one.name for one in self.bucket.objects(CLAIMS) if self._is_old(self.survey.claims.get(one.name.split("/")[1], 0))
-        ]
+        # Listed anew: builders have begun meanwhile.
+        renewed = self.survey.newest_claims()
+        old = [ref for ref, when in renewed.items() if self._is_old(when)]
+        claims = [one.name for ref in old for one in self.bucket.objects(f"{CLAIMS}/{ref}")]
         self.bucket.delete_all([*claims, *self.survey.uses.dead])
         fates = {one.name.split("/")[1]: one.name for one in self.bucket.objects(FATES) if self._is_old(one.modified)}
         if fates:
@@ -259,16 +263,23 @@ class _Sweep:
 
     def _checkpoints(self) -> None:
         """Checkpoints of trainings that nobody goes on with: first what names them."""
-        found: dict[tuple[str, str], list[Listed]] = defaultdict(list)
+        newest: dict[tuple[str, str], float] = defaultdict(float)
         for one in self.bucket.objects(CHECKPOINTS):
             _, kind, key, _ = one.name.split("/", 3)
-            found[kind, key].append(one)
-        for (kind, key), objects in found.items():
-            newest = max(one.modified for one in objects)
-            if newest >= self.survey.cutoff or not self._is_old(newest) or self.survey.is_claimed(kind, key):
+            newest[kind, key] = max(newest[kind, key], one.modified)
+        for (kind, key), modified in newest.items():
+            # By claims of now: who goes on with a training would be waited for until it ends.
+            claims = self.survey.newest_claims(f"{CLAIMS}/{kind}-{key}") if self._is_over(modified) else {}
+            if not self._is_over(modified) or self.survey.is_claimed(kind, key, claims):
                 continue
             with nullcontext() if self.dry_run else self.store.lock(kind, Digest(key)):
-                self._delete(f"checkpoints of {kind}", sorted(objects, key=lambda one: one.name.count("/")))
+                objects = list(self.bucket.objects(f"{CHECKPOINTS}/{kind}/{key}"))
+                if objects and self._is_over(max(one.modified for one in objects)):
+                    self._delete(f"checkpoints of {kind}", sorted(objects, key=lambda one: one.name.count("/")))
+
+    def _is_over(self, modified: float) -> bool:
+        """Whether nobody goes on with a training whose newest checkpoint is of then."""
+        return modified < self.survey.cutoff and self._is_old(modified)
 
 
 def _ref_of(trashed: Listed) -> tuple[str, str]:

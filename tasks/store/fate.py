@@ -26,10 +26,11 @@ SURE_SECONDS = LEAST_SECONDS / 2
 
 @dataclass(frozen=True)
 class Sentence:
-    """A manifest in the trash; ``data`` is its bytes."""
+    """A manifest in the trash; ``data`` is its bytes. pronounced: by the bucket's clock, in seconds since 1970."""
 
     number: str
     data: bytes
+    pronounced: float
 
 
 def decide(bucket: Bucket, number: str, fate: Fate) -> bool:
@@ -56,10 +57,10 @@ def condemn(bucket: Bucket, kind: str, key: str, data: bytes) -> None:
 
 def sentence_of(bucket: Bucket, kind: str, key: str) -> Sentence | None:
     """The sentence of what is in the trash; None where it is not."""
-    if (data := bucket.get(trash_name(kind, key))) is None:
+    if (found := bucket.dated(trash_name(kind, key))) is None:
         return None
-    value = orjson.loads(data)
-    return Sentence(value["sentence"], value["manifest"].encode())
+    value = orjson.loads(found[0])
+    return Sentence(value["sentence"], value["manifest"].encode(), found[1])
 
 
 def put_back(bucket: Bucket, kind: str, key: str, sentence: Sentence) -> None:

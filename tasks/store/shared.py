@@ -125,10 +125,13 @@ class SharedStore(ArtifactStore):
         data = self.bucket.get(manifest_name(kind, key))
         return None if data is None else self.keep_manifest(kind, key, data)
 
-    def keep_manifest(self, kind: str, key: Digest, data: bytes) -> Manifest | None:
-        """A manifest that the bucket has, kept in the cache, too; None for one that is not to be used."""
+    def keep_manifest(self, kind: str, key: Digest, data: bytes, *, is_strict: bool = False) -> Manifest | None:
+        """A manifest that the bucket has, kept in the cache, too; None for one that is not to be used.
+
+        is_strict: raises StoreError where the cache cannot be written, which is passed over otherwise.
+        """
         if manifest := read_manifest(kind, key, data):
-            self.cache.remember(kind, key, data, manifest)
+            self.cache.remember(kind, key, data, manifest, is_strict=is_strict)
         else:
             log.warning("%s: unreadable manifest, or another's; the artifact counts as absent", self.place(kind, key))
         return manifest
@@ -211,8 +214,9 @@ class SharedStore(ArtifactStore):
                 if self._lost_shards(manifest.shards):
                     return None  # they alone are built
                 log.info("%s/%s: built before, and not in the bucket; goes on with the upload", kind, key[:12])
-                is_staged = folder == staging
-                # What the bucket lost is not where it was: a collector may be deleting there.
+                # What the bucket lost is not where it was: a collector may be deleting there. So may it where something was sent
+                # and committed, without an answer.
+                is_staged = folder == staging and sentence_of(self.bucket, kind, key) is None
                 again = manifest if is_staged else moved(manifest)
                 return replace(self._publish(again, folder, checked, is_again=is_staged), found=True)
         return None

@@ -3,7 +3,7 @@
 Reads   <url>/.pins, .runs, .leases, .claims, .trash, and the listing of every kind
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from itertools import groupby
 
@@ -11,8 +11,9 @@ from tasks.store.artifact import MANIFEST_NAME
 from tasks.store.bucket import Bucket, Listed
 from tasks.store.claim import CLAIMS
 from tasks.store.digest import Digest
-from tasks.store.fate import TRASH, Sentence, sentence_of
+from tasks.store.fate import TRASH, sentence_of
 from tasks.store.gc import nothing_needed
+from tasks.store.layout import manifest_name
 from tasks.store.pins import last_refs, pins, runs, unfinished
 from tasks.store.reach import Reach
 from tasks.store.shared import SharedStore
@@ -74,7 +75,7 @@ class Survey:
         needed |= self.uses.refs | {ref for _, run in stopped for ref in run.get("refs", {}).values()}
         begins = (self.now - self.grace_seconds, self.uses.since, self.unfinished_since)
         self.cutoff = min(when for when in begins if when is not None)
-        self.claims = self._newest_claims()
+        self.claims = self.newest_claims()
         refs = [ref.rpartition("-")[::2] for ref in self.claims]
         self.kinds_built = {kind for kind, key in refs if self.is_claimed(kind, key)}  # anywhere, of an artifact of theirs
         self.trash = self._list_trash()
@@ -84,19 +85,26 @@ class Survey:
         self.artifacts = {
             (one.kind, one.key): one for kind in kinds if not kind.endswith(SHARD) for one in groups(self.bucket, kind)
         }
-        self.sentences = self._load()
+        self._load()
         self.reach = Reach(store.root)
         self.reach.follow(needed)
 
-    def _load(self) -> dict[tuple[str, str], Sentence]:
-        """The sentences of what is in the trash; manifests of all that is no shard come into the cache, to be followed there."""
-        self.store.load_all([(kind, Digest(key)) for (kind, key), one in self.artifacts.items() if one.manifest])
-        lying = [(kind, key) for kind, key in self.trash if not kind.endswith(SHARD) and not self.is_standing(kind, key)]
-        found = self.store.at_once(lambda ref: sentence_of(self.bucket, *ref), lying)
-        sentences = {ref: sentence for ref, sentence in zip(lying, found, strict=True) if sentence}
-        for (kind, key), sentence in sentences.items():
-            self.store.keep_manifest(kind, Digest(key), sentence.data)
-        return sentences
+    def _load(self) -> None:
+        """Bring the manifests of all that is no shard into the cache, to be followed there.
+
+        Raises StoreError where the cache cannot be written: what is not in it would be passed over, and collected.
+        """
+
+        def keep(ref: tuple[str, str]) -> None:
+            if self.is_standing(*ref):
+                data = self.bucket.get(manifest_name(*ref))
+            else:
+                data = sentence.data if (sentence := sentence_of(self.bucket, *ref)) else None
+            if data is not None:
+                self.store.keep_manifest(ref[0], Digest(ref[1]), data, is_strict=True)
+
+        lying = {ref for ref in self.trash if not ref[0].endswith(SHARD)}
+        self.store.at_once(keep, sorted({ref for ref, one in self.artifacts.items() if one.manifest} | lying))
 
     def is_standing(self, kind: str, key: str) -> bool:
         """Whether an artifact, which is no shard, has its manifest in its place."""
@@ -107,20 +115,25 @@ class Survey:
         """Whether it was committed since the cutoff, or is being built, or may be about to be listed by what is being built."""
         if group.manifest is not None and group.manifest.modified >= self.cutoff:
             return True
-        parent = group.kind.removesuffix(SHARD)
-        return self.is_claimed(group.kind, group.key) or (parent != group.kind and parent in self.kinds_built)
+        return self.is_claimed(group.kind, group.key) or self.may_be_listed(group.kind)
 
-    def is_claimed(self, kind: str, key: str) -> bool:
-        """Whether somebody builds a key, or did a short while ago."""
-        return self.now - self.claims.get(f"{kind}-{key}", 0.0) < self.least_seconds
+    def may_be_listed(self, kind: str) -> bool:
+        """Whether this is a kind of shards, and something that lists such is being built."""
+        return kind.endswith(SHARD) and kind.removesuffix(SHARD) in self.kinds_built
 
-    def is_due(self, kind: str, key: str) -> bool:
-        """Whether what is in the trash has lain there for the grace."""
-        return self.now - self.trash[kind, key].modified >= self.grace_seconds
+    def is_claimed(self, kind: str, key: str, claims: Mapping[str, float] | None = None) -> bool:
+        """Whether somebody builds a key, or did a short while ago; ``claims``: newer ones than the survey's."""
+        newest = (self.claims if claims is None else claims).get(f"{kind}-{key}", 0.0)
+        return self.now - newest < self.least_seconds
 
-    def _newest_claims(self) -> dict[str, float]:
+    def is_due(self, pronounced: float) -> bool:
+        """Whether what was condemned then has lain in the trash for the grace."""
+        return self.now - pronounced >= self.grace_seconds
+
+    def newest_claims(self, folder: str = CLAIMS) -> dict[str, float]:
+        """When each claim, by kind and key, was last renewed."""
         newest: dict[str, float] = {}
-        for one in self.bucket.objects(CLAIMS):
+        for one in self.bucket.objects(folder):
             ref = one.name.split("/")[1]
             newest[ref] = max(newest.get(ref, 0.0), one.modified)
         return newest
