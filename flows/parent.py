@@ -53,7 +53,8 @@ class ParentWatch:
 def cancel(client: SyncPrefectClient, runs: Iterable[str | UUID]) -> None:
     """Cancel what has not ended yet: each run's own worker ends it."""
     for run in runs:
-        with suppress(httpx.HTTPError):  # a server that is away; what this is done for is told all the same
+        # A server that is away, a run that was deleted: what this is done for is told all the same, and the others are cancelled.
+        with suppress(httpx.HTTPError, ObjectNotFound):
             state = client.read_flow_run(UUID(str(run))).state
             if state is None or not (state.is_final() or state.is_cancelling()):
                 wanted = {"state": {"type": "CANCELLING", "message": ENDED}}

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 from uuid import UUID
 
+import httpx
 from prefect.client.orchestration import SyncPrefectClient, get_client
 from prefect.client.schemas.filters import FlowRunFilter
 from prefect.client.schemas.objects import FlowRun
@@ -64,6 +65,7 @@ class Legs:
     def __init__(self, client: SyncPrefectClient, recipe: Recipe, left: Sequence[FlowRun]) -> None:
         self.client, self.name, self.recipe = client, recipe.name, spelled(recipe)
         self.left, self.adopted = list(left), set[str]()
+        self.began, self.is_told = 0.0, False
         self.runs: dict[str, tuple[Leg, Mapping[str, str]]] = {}  # under way, with what each was given
 
     def end_strangers(self, legs: Iterable[Leg]) -> None:
@@ -110,30 +112,61 @@ class Legs:
     def wait(self) -> dict[str, dict[str, Any]]:
         """Wait until all legs have ended; the rows of their stages. Raises WorkerError for the first that did not complete.
 
-        One that was taken over and did not complete is started anew: what ended it may have been the end of the try before.
+        A server that is away is waited for: the legs are at work all the same.
         """
-        began, is_told = time.monotonic(), False
+        self.began, self.is_told = time.monotonic(), False
         rows: dict[str, dict[str, Any]] = {}
         failed = list[str]()
         while self.runs:
-            for run_id, (leg, given) in list(self.runs.items()):
-                run = self.client.read_flow_run(UUID(run_id))
-                if _has_ended(run):
-                    del self.runs[run_id]
-                    if run.state and run.state.is_completed():
-                        rows |= references(self.client, run_id)
-                    elif run_id in self.adopted:
-                        self.begin(leg, given)
-                    else:
-                        failed.append(_told(run, leg))
-                elif not is_told and run.state and run.state.is_scheduled() and time.monotonic() - began > WAITING_SECONDS:
-                    is_told = True
-                    log.warning("%s: waits for a worker of the pool %s; `seqmill worker` starts one", leg.title, leg.pool)
+            for run_id in list(self.runs):
+                try:
+                    rows |= self._look(run_id)
+                except httpx.TransportError as error:  # as the client says that has tried for a minute
+                    log.warning("%s: the Prefect server does not answer (%s); waits for it", self.name, type(error).__name__)
+                    break
+                except WorkerError as error:
+                    self.runs.pop(run_id, None)
+                    failed.append(str(error))
             if self.runs:
                 time.sleep(POLL_SECONDS)
         if failed:
             raise WorkerError(failed[0])
         return rows
+
+    def _look(self, run_id: str) -> dict[str, dict[str, Any]]:
+        """The rows of a leg that has completed; none of one at work. Raises WorkerError for one that will not complete.
+
+        One that was taken over and did not complete is started anew: what ended it may have been the end of the try before.
+        """
+        leg, given = self.runs[run_id]
+        try:
+            run = self.client.read_flow_run(UUID(run_id))
+        except ObjectNotFound:
+            raise WorkerError(f"{leg.title} on the pool {leg.pool}: its run was deleted; run again") from None
+        rows: dict[str, dict[str, Any]] = {}
+        if not _has_ended(run):
+            self._tell_that_none_takes(run, leg)
+        elif run.state and run.state.is_completed():
+            rows = references(self.client, run_id)
+            del self.runs[run_id]
+        elif run_id in self.adopted:
+            del self.runs[run_id]
+            self._begin_anew(run_id, leg, given)
+        else:
+            raise WorkerError(_told(run, leg))
+        return rows
+
+    def _begin_anew(self, run_id: str, leg: Leg, given: Mapping[str, str]) -> None:
+        try:
+            self.begin(leg, given)
+        except httpx.TransportError:
+            self.runs[run_id] = leg, given  # to be found ended, and begun, once the server is there
+            raise
+
+    def _tell_that_none_takes(self, run: FlowRun, leg: Leg) -> None:
+        if not self.is_told and run.state and run.state.is_scheduled() and time.monotonic() - self.began > WAITING_SECONDS:
+            self.is_told = True
+            log.warning("%s: waits for a worker of the pool %s; `seqmill worker` starts one", leg.title, leg.pool)
 
     def unfinished(self) -> list[str]:
         """What is at work still."""

@@ -5,13 +5,14 @@ from pathlib import Path
 from typing import Any
 from uuid import UUID, uuid4
 
+import httpx
 import pytest
 from prefect.client.schemas.objects import FlowRun, State, StateType
 from prefect.exceptions import ObjectNotFound
 
 from flows.dag import nodes_of
 from flows.legs import Leg, legs_of, spelled
-from flows.parent import NUM_LOOKS, ParentWatch
+from flows.parent import NUM_LOOKS, ParentWatch, cancel
 from flows.recipe import Recipe, load_recipe
 from flows.relay import Legs
 from tasks.errors import WorkerError
@@ -108,6 +109,39 @@ def test_a_leg_that_was_taken_over_and_is_cancelled_all_the_same_is_started_anew
     with pytest.raises(WorkerError, match="pretrained on the pool gpu: failed: without a word"):  # the second, which failed
         legs.wait()
     assert legs.started == ["pretrained"]
+
+
+def test_a_server_that_is_away_ends_no_leg(recipe: Recipe, training: Leg, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = a_leg_at_work(recipe, training, GIVEN)
+    legs = Started(server := Server(run), recipe, [run])
+    legs.begin(training, GIVEN)
+    waits = list[float]()
+
+    def away(run: UUID) -> FlowRun:
+        raise httpx.ConnectError("Connection refused") if len(waits) < 3 else httpx.ReadTimeout("")
+
+    def sleep(seconds: float) -> None:
+        waits.append(seconds)
+        if len(waits) == 5:
+            server.tell(run, StateType.COMPLETED)
+            monkeypatch.setattr(server, "read_flow_run", server.runs.__getitem__)
+
+    monkeypatch.setattr(server, "read_flow_run", away)
+    monkeypatch.setattr("flows.relay.time.sleep", sleep)
+    monkeypatch.setattr("flows.relay.references", lambda client, run: {"pretrained": {"key": run}})
+    assert legs.wait() == {"pretrained": {"key": str(run.id)}}
+    assert (len(waits), server.cancelled, legs.unfinished()) == (5, [], [])
+
+
+def test_a_leg_that_somebody_deleted_ends_the_run_and_the_others_are_cancelled(recipe: Recipe, training: Leg) -> None:
+    run, other = a_leg_at_work(recipe, training, GIVEN), a_run()
+    legs = Started(server := Server(run, other), recipe, [run])
+    legs.begin(training, GIVEN)
+    del server.runs[run.id]
+    with pytest.raises(WorkerError, match="pretrained on the pool gpu: its run was deleted"):
+        legs.wait()
+    cancel(server, [run.id, other.id])  # type: ignore[arg-type]
+    assert server.cancelled == [other.id]
 
 
 def looks(watch: ParentWatch, server: Server, run: FlowRun, number: int) -> list[bool]:
