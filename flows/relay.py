@@ -121,7 +121,9 @@ class Legs:
             for run_id in list(self.runs):
                 try:
                     rows |= self._look(run_id)
-                except httpx.TransportError as error:  # as the client says that has tried for a minute
+                except httpx.HTTPError as error:  # as the client says that has tried for a minute
+                    if not _is_away(error):
+                        raise
                     log.warning("%s: the Prefect server does not answer (%s); waits for it", self.name, type(error).__name__)
                     break
                 except WorkerError as error:
@@ -159,7 +161,7 @@ class Legs:
     def _begin_anew(self, run_id: str, leg: Leg, given: Mapping[str, str]) -> None:
         try:
             self.begin(leg, given)
-        except httpx.TransportError:
+        except httpx.HTTPError:
             self.runs[run_id] = leg, given  # to be found ended, and begun, once the server is there
             raise
 
@@ -171,6 +173,13 @@ class Legs:
     def unfinished(self) -> list[str]:
         """What is at work still."""
         return [*self.runs, *(str(run.id) for run in self.left)]
+
+
+def _is_away(error: httpx.HTTPError) -> bool:
+    """Whether the server, or its database, did not answer; not where it refused."""
+    return isinstance(error, httpx.TransportError) or (
+        isinstance(error, httpx.HTTPStatusError) and error.response.status_code >= 500
+    )
 
 
 def _has_ended(run: FlowRun) -> bool:

@@ -111,6 +111,25 @@ def test_a_leg_that_was_taken_over_and_is_cancelled_all_the_same_is_started_anew
     assert legs.started == ["pretrained"]
 
 
+def answered(status: int) -> httpx.HTTPStatusError:
+    request = httpx.Request("GET", "http://server")
+    return httpx.HTTPStatusError("", request=request, response=httpx.Response(status, request=request))
+
+
+def test_a_server_that_refuses_ends_the_run(recipe: Recipe, training: Leg, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = a_leg_at_work(recipe, training, GIVEN)
+    legs = Started(server := Server(run), recipe, [run])
+    legs.begin(training, GIVEN)
+
+    def refuse(run: UUID) -> FlowRun:
+        raise answered(403)
+
+    monkeypatch.setattr(server, "read_flow_run", refuse)
+    with pytest.raises(httpx.HTTPStatusError):
+        legs.wait()
+    assert legs.unfinished() == [str(run.id)]
+
+
 def test_a_server_that_is_away_ends_no_leg(recipe: Recipe, training: Leg, monkeypatch: pytest.MonkeyPatch) -> None:
     run = a_leg_at_work(recipe, training, GIVEN)
     legs = Started(server := Server(run), recipe, [run])
@@ -118,7 +137,7 @@ def test_a_server_that_is_away_ends_no_leg(recipe: Recipe, training: Leg, monkey
     waits = list[float]()
 
     def away(run: UUID) -> FlowRun:
-        raise httpx.ConnectError("Connection refused") if len(waits) < 3 else httpx.ReadTimeout("")
+        raise httpx.ConnectError("Connection refused") if len(waits) < 3 else answered(500)
 
     def sleep(seconds: float) -> None:
         waits.append(seconds)
