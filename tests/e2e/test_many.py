@@ -166,9 +166,9 @@ def test_a_retry_in_time_takes_over_the_leg_that_is_at_work(many: Many) -> None:
     many.kill(run)
     assert many.up.end(run) == "Crashed"
     time.sleep(15)  # Prefect's worker reports the crash a second time, and would take the new try for the one that crashed
+    num_cpu_legs = sum(leg["work_pool_name"] == "cpu" for leg in many.children(run))
     many.up.retry(run)
     wait_for(lambda: many.up.state(run) == "Running")
-    num_cpu_legs = sum(leg["work_pool_name"] == "cpu" for leg in many.children(run))
     wait_for(lambda: sum(leg["work_pool_name"] == "cpu" for leg in many.children(run)) > num_cpu_legs)
     assert (leg_that_trains(many, run)["id"], many.up.state(leg)) == (leg, "Running")
     many.up.prefect("flow-run", "cancel", run)
