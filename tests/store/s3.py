@@ -5,6 +5,7 @@ The server is SeaweedFS. The proxy speaks plain HTTP and changes nothing of what
 
 import os
 import re
+import select
 import shutil
 import signal
 import socket
@@ -176,8 +177,9 @@ class Proxy:
         with client, socket.create_connection((host, int(port))) as upstream:
             try:
                 incoming, answers = client.makefile("rb"), upstream.makefile("rb")
-                while (head := read_head(incoming)) and self._answer(head, incoming, client, upstream, answers):
-                    pass
+                while _is_asking(client, upstream) and (head := read_head(incoming)):
+                    if not self._answer(head, incoming, client, upstream, answers):
+                        break
             except OSError:
                 pass  # the client, or the server, has gone
 
@@ -200,7 +202,8 @@ class Proxy:
         if fate in ("cut", "hold"):
             return False
         upstream.sendall(self.spell(head) + body)
-        answer = read_head(answers)
+        if not (answer := read_head(answers)):
+            return False  # closed, just now
         size = 0 if method == "HEAD" or b" 204 " in answer[:20] or b" 304 " in answer[:20] else length_of(answer)
         data = answers.read(size) if size else read_chunked(answers, answer) if method != "HEAD" else b""
         if fate == "pass":
@@ -210,6 +213,14 @@ class Proxy:
         if fate == "stall":
             self.ended.wait()
         return False
+
+
+def _is_asking(client: socket.socket, upstream: socket.socket) -> bool:
+    """Waits until the client sends something; False where the server closes the connection first, as Node's do after 5 s idle."""
+    either = select.poll()
+    for one in (client, upstream):
+        either.register(one, select.POLLIN)
+    return upstream.fileno() not in {handle for handle, _ in either.poll()}
 
 
 def read_head(stream: BinaryIO) -> bytes:
