@@ -12,13 +12,14 @@ from typing import Any, Literal
 
 from pydantic import Field, field_validator
 
-from tasks.errors import RecipeError, SettingsError
+from tasks.errors import RecipeError
 from tasks.machine import Machine
-from tasks.store import Artifact, ArtifactStore, Built, SharedStore, Work, stage
+from tasks.store import Artifact, ArtifactStore, Built, Work, stage
 from tasks.training.metrics import bits_per_byte
-from tasks.training.model import ModelSpec, check_fits, completed_config, fetch_weights, identify_weights, read_config
+from tasks.training.model import ModelSpec, check_fits, completed_config, identify_weights, read_config
 from tasks.training.optimization import OptimizationSpec
 from tasks.training.run import Rows, Start, train
+from tasks.training.starting_weights import starting_folder
 
 
 class PretrainedSpec(OptimizationSpec):
@@ -46,7 +47,6 @@ def identify_source(spec: PretrainedSpec, store: ArtifactStore, machine: Machine
 @stage("pretrained", revision=2, identify_source=identify_source)
 def build_pretrained(work: Work, spec: PretrainedSpec, blocks: Artifact, tokenizer: Artifact) -> Built:
     """Train a causal language model on blocks."""
-    check_nodes(work, spec.model)
     rows = block_rows(blocks, tokenizer, work.source, spec.document_attention == "within")
     check_tokenizer(blocks, tokenizer)
     start = starting_model(work, spec.model, blocks)
@@ -78,17 +78,6 @@ def block_files(blocks: Artifact, split: str) -> list[Path]:
     return [*files, blocks.file(tail)] if blocks.has_file(tail) else files
 
 
-def check_nodes(work: Work, model: ModelSpec) -> None:
-    """Raise SettingsError for published weights that other nodes of the training would look for in vain."""
-    nodes = work.machine.training.nodes
-    if model.weights and nodes and nodes.most > 1 and isinstance(work.store, SharedStore):
-        raise SettingsError(
-            f"pretrained.model.weights: {model.weights} lies on this node alone where the store is a bucket "
-            f"({work.store.address}); unset SEQMILL_NODES to train on this node, or let SEQMILL_STORE be a folder that all nodes "
-            "mount"
-        )
-
-
 def check_tokenizer(blocks: Artifact, tokenizer: Artifact) -> None:
     """Raise RecipeError where the blocks are not this tokenizer's."""
     made, given = blocks.stats["vocab_size"], tokenizer.stats["vocab_size"]
@@ -107,8 +96,7 @@ def starting_model(work: Work, model: ModelSpec, blocks: Artifact) -> Start:
     if model.config is not None:
         config = completed_config(model.config, vocab_size, end_id)
     else:
-        assert work.source
-        folder = fetch_weights(model, work.source, work.machine, work.scratch)
+        folder = starting_folder(work, model)
         config = read_config(folder)
     check_fits(config, block_size, vocab_size, "pretrained.model")
     return Start(

@@ -4,6 +4,7 @@ import hashlib
 import json
 import threading
 from collections.abc import Iterator
+from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -11,10 +12,11 @@ from typing import Any
 import pytest
 
 from tasks.errors import SourceError
-from tasks.machine import Machine
-from tasks.store import ArtifactStore
+from tasks.machine import Machine, Nodes, TrainingSettings
+from tasks.store import ArtifactStore, SharedStore, Work
 from tasks.training.model import ModelSpec, fetch_weights, hub_commit
 from tasks.training.published import PublishedSpec, build_published
+from tasks.training.starting_weights import starting_folder
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 # A file of one tensor of 2 x 3 numbers, which are not there: nobody reads them.
@@ -96,6 +98,20 @@ def test_a_published_model_is_fetched_with_its_tokenizer_at_the_commit_that_keys
     }  # fmt: skip
     assert artifact.file("generation_config.json").read_bytes() == b'{"eos_token_id":7}'
     assert artifact.stats["num_parameters"] == 6
+
+
+def test_several_nodes_take_them_from_the_bucket_at_the_commit_that_keys_the_model(machine: Machine, tmp_path: Path) -> None:
+    nodes = Nodes(2, 2, "127.0.0.1", 1, secret="x")
+    several = replace(machine, training=TrainingSettings(nodes=nodes))
+    store = SharedStore(f"file://{tmp_path}/bucket", tmp_path / "cache")
+    folder = starting_folder(Work(store, several, tmp_path, COMMIT), ModelSpec(weights="someone/small", weights_revision="moved"))
+    (key,) = store.keys("starting-weights")
+    assert folder == store.root / "starting-weights" / key
+    artifact = store.load("starting-weights", key)
+    assert artifact
+    assert {entry.name for entry in artifact.manifest.files} == {"config.json", "model.safetensors"}
+    assert artifact.file("model.safetensors").read_bytes() == WEIGHTS
+    assert artifact.manifest.identity["inputs"] == {"source": COMMIT}
 
 
 def test_a_name_that_the_hub_does_not_know_is_refused(machine: Machine) -> None:

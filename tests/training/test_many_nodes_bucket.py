@@ -1,5 +1,6 @@
 """Trainings on network namespaces that have nothing in common but a bucket on a real S3 server."""
 
+import shutil
 import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -13,6 +14,7 @@ from tests.store.s3 import BUCKET, CREDENTIALS, WEED, Proxy, s3_server
 from tests.training.many import PATIENCE_SECONDS, Training, assert_equal, losses_alone
 from tests.training.netns import Nodes, can_make_nodes, nodes
 from tests.training.one_node import QUICK
+from tests.training.small_inputs import QWEN as QWEN_WITH_DROPOUT
 
 pytestmark = [
     pytest.mark.slow,
@@ -23,6 +25,7 @@ pytestmark = [
 
 NUM_STEPS = 200
 SPEC = {"num_steps": NUM_STEPS, "checkpoint_steps": 10}
+QWEN = {**QWEN_WITH_DROPOUT, "attention_dropout": 0.0}
 
 
 @pytest.fixture(scope="module")
@@ -44,7 +47,7 @@ class InBucket(Training):
     def __init__(self, net: Nodes, folder: Path, zero: str, url: str, proxy: Proxy, **told: Any) -> None:
         self.url, self.proxy = url, proxy
         own = {node: {"cache": f"cache-{node}"} for node in range(len(net.names))}
-        super().__init__(net, folder, zero, own, store=url, endpoint=proxy.address, spec=SPEC, **told)
+        super().__init__(net, folder, zero, own, **{"store": url, "endpoint": proxy.address, "spec": SPEC, **told})
 
     def kept(self) -> list[Kept]:
         """The whole checkpoints in the bucket."""
@@ -160,3 +163,36 @@ def test_the_node_that_leads_loses_its_machine_and_another_with_an_empty_disk_go
     told = training.end(0, 0)
     assert (told["num_ranks"], is_resumed(told)) == (2, True)
     assert_equal(told["losses"], unbroken)
+
+
+def save_model(folder: Path) -> None:
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    torch.manual_seed(5)
+    AutoModelForCausalLM.from_config(AutoConfig.for_model(**QWEN)).save_pretrained(folder)
+
+
+@pytest.mark.parametrize("zero", ["zero2", "zero3"])
+def test_published_weights_on_the_disk_of_the_node_that_leads_are_fetched_by_the_others_from_the_bucket(
+    train: Any, tmp_path: Path, zero: str
+) -> None:
+    published, alone = tmp_path / "published", tmp_path / "alone"
+    save_model(published)
+    alone.mkdir()
+    spec = {**SPEC, "model": {"weights": str(published)}}
+    expected = losses_alone(alone, spec=spec)
+    training = train(2, zero, spec=spec)
+    training.await_that(training.kept, "a checkpoint in the bucket")
+    shutil.rmtree(published)  # no node reads it any more, not even one that comes anew
+    training.kill(1)
+    training.await_that(lambda: "is gone; the others go on" in training.log(0), "the loss")
+    training.proxy.asked.clear()
+    training.processes[1] = training.start(1, cache="cache-new")
+    told = training.end(0, 0)
+    assert (told["num_ranks"], is_resumed(told)) == (2, True)
+    assert_equal(told["losses"], expected)
+    fetched = [asked.target for asked in training.proxy.asked if asked.method == "GET" and "starting-weights/" in asked.target]
+    assert [name for name in fetched if name.endswith("/model.safetensors")]  # by the one that came, whose disk had none
+    (own,) = (training.folder / "cache-new").glob("*/starting-weights/*/model.safetensors")
+    assert own.stat().st_size > 0

@@ -3,7 +3,6 @@
 import json
 import logging
 from collections.abc import Callable
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -11,14 +10,14 @@ import pytest
 from pydantic import ValidationError
 
 from tasks.errors import RecipeError, SettingsError, SourceError
-from tasks.machine import Machine, Nodes, TrainingSettings
-from tasks.store import Artifact, ArtifactStore, Built, Digest, SharedStore, Spec, Stage, Work, stage
+from tasks.machine import Machine, TrainingSettings
+from tasks.store import Artifact, ArtifactStore, Built, Digest, Spec, Stage, Work, stage
 from tasks.training.adapter import AdapterSpec, adapted_folders, build_adapter, number_format
 from tasks.training.deepspeed import preset
 from tasks.training.finetuned import FinetunedSpec, build_finetuned, copy_tokenizer, generation_fields
 from tasks.training.metrics import bits_per_byte
 from tasks.training.model import ModelSpec
-from tasks.training.pretrained import PretrainedSpec, build_pretrained, check_nodes, identify_source, validation_bits_per_byte
+from tasks.training.pretrained import PretrainedSpec, build_pretrained, identify_source, validation_bits_per_byte
 from tasks.training.run import count_rows
 from tests.training.small_inputs import QWEN, InputSpec, blocks_and_tokenizer, build_examples, random_blocks, write_rows
 
@@ -233,20 +232,6 @@ def test_ranks_that_do_not_divide_the_batch_are_refused_before_a_launch(tmp_path
     machine = Machine(training=TrainingSettings(num_ranks=3))
     with pytest.raises(SettingsError, match="3 ranks do not divide the recipe's global_batch_size 4"):
         build_pretrained(store, machine, pretrained_spec(), blocks=blocks, tokenizer=tokenizer)
-
-
-@pytest.mark.parametrize(("most", "is_refused"), [(2, True), (1, False)])
-def test_published_weights_are_refused_on_several_nodes_whose_store_is_a_bucket(
-    tmp_path: Path, most: int, is_refused: bool
-) -> None:
-    nodes = Nodes(1, most, "127.0.0.1", 1, secret="x")
-    store, machine = SharedStore(f"file://{tmp_path}/bucket", tmp_path / "cache"), Machine(training=TrainingSettings(nodes=nodes))
-    model = ModelSpec(weights="Qwen/Qwen2.5-1.5B")
-    refused = pytest.raises(SettingsError, match=r"Qwen2\.5-1\.5B lies on this node alone where the store is a bucket")
-    with refused if is_refused else nullcontext():
-        check_nodes(Work(store, machine, tmp_path, None), model)
-    check_nodes(Work(ArtifactStore(tmp_path), machine, tmp_path, None), model)
-    check_nodes(Work(store, machine, tmp_path, None), ModelSpec(config=QWEN))
 
 
 @stage("tokenizer", revision=1)
