@@ -22,7 +22,7 @@ from tasks.corpus.document_shards import Shards, open_shards, read_texts
 from tasks.corpus.duplicates import Seen, open_seen
 from tasks.corpus.journal import Journal
 from tasks.corpus.judge import DUPLICATE, NEAR_DUPLICATE, Ledger, Outcome, drop, judge
-from tasks.corpus.many_readers import plan_ranges, read_ranges, write_shards
+from tasks.corpus.many_readers import forget_ranges, plan_ranges, read_ranges, write_shards
 from tasks.corpus.near_duplicates import KEPT_LOG, NearDuplicates, NearSeen, open_near_seen
 from tasks.corpus.quality import CharacterRatio, check_function_name, digest_function, filters_of
 from tasks.corpus.quarantine import Quarantine, open_quarantine, write_quarantine
@@ -128,8 +128,8 @@ def _finished(work: Work, spec: DocumentsSpec, path: Path, ledger: Ledger, entri
 
 
 def _by_many_readers(work: Work, spec: DocumentsSpec, archive: Artifact) -> Built | None:
-    """By all workers of a cluster; None where there is none, or where the documents' order decides more than they know."""
-    if work.machine.cluster is None or spec.near_duplicates or spec.max_documents or spec.filter:
+    """By all worker processes, here or of a cluster; None without, or where the documents' order decides more than they know."""
+    if not work.machine.has_processes or spec.near_duplicates or spec.max_documents or spec.filter:
         return None
     same = ("text_field", "min_characters", "max_characters", "character_ratios", "validation_fraction")
     plan = plan_ranges(archive, work.scratch, RangeSpec(start=0, num_bytes=1, **{name: getattr(spec, name) for name in same}))
@@ -153,6 +153,7 @@ def _by_many_readers(work: Work, spec: DocumentsSpec, archive: Artifact) -> Buil
             read_ranges(work, plan, archive, stitcher)
         except RangeError as error:
             log.warning("%s: read in ranges, %s; one reader begins anew", archive.short, error)
+            forget_ranges(work)
             return None
     return _finished(work, spec, path, ledger, write_shards(work, stitcher))
 

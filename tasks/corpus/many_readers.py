@@ -1,7 +1,8 @@
-"""An archive to documents by all workers of a cluster: ranges are read, stitched here, and written as shards, again by all.
+"""An archive to documents by many processes: ranges are read, stitched here, and written as shards, again by all.
 
 Reads   archive          archive
-Writes  range-shard                          what each worker reads: tasks.corpus.ranges
+Writes  range-shard                          what each worker reads: tasks.corpus.ranges; in the store for a cluster, which
+                                             shares nothing else, and in the build's scratch folder for this machine's pool
         documents-shard  documents.parquet   DOCUMENTS: text
 
 It is the way for what may be read in the middle: bzip2 or plain, JSON Lines or a tar of it. Everything else, and whatever does
@@ -9,18 +10,20 @@ not turn out as it should, is left to the one reader, whose word is final.
 """
 
 import logging
+import shutil
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from tasks.corpus.bzip2 import MOST_BLOCK_BYTES, RangeError, check_chain, decode_range
 from tasks.corpus.compressed import codec_of
 from tasks.corpus.members import Layout, find_member
-from tasks.corpus.ranges import RangeSpec, build_range, read_in_pool
+from tasks.corpus.ranges import RangeSpec, RangeWork, build_range, read_in_pool
 from tasks.corpus.reader import BYTE_ORDER_MARK, PARQUET_MAGIC
-from tasks.corpus.shards import ShardWork, build_shards
+from tasks.corpus.shards import build_shards
 from tasks.corpus.stitching import Stitcher, write_in_pool
 from tasks.errors import CorpusError
-from tasks.store import Artifact, ShardEntry, Work, shard_entry
+from tasks.store import Artifact, ArtifactStore, ShardEntry, Work, shard_entry
 
 log = logging.getLogger(__name__)
 
@@ -28,6 +31,8 @@ log = logging.getLogger(__name__)
 RANGE_BYTES = 16 << 20
 PLAIN_RANGE_BYTES = 64 << 20
 HEAD_BYTES = 1 << 20
+
+OWN_RANGES = "ranges"  # a store in the build's scratch folder: a build that was killed goes on with it, the commit removes it
 
 
 class Plan:
@@ -75,8 +80,9 @@ def _is_lines(text: bytes) -> bool:
 
 def read_ranges(work: Work, plan: Plan, archive: Artifact, stitcher: Stitcher) -> None:
     """Have every range read, and stitch them. Raises RangeError where one reader should look."""
-    items = [ShardWork(spec, {"archive": archive}) for spec in plan.specs]
-    for one in build_shards(work, build_range, read_in_pool, items, "ranges"):
+    store = work.store if work.machine.cluster else ArtifactStore(work.scratch / OWN_RANGES)
+    items = [RangeWork(spec, {"archive": archive}, store) for spec in plan.specs]
+    for one in build_shards(replace(work, store=store), build_range, read_in_pool, items, "ranges"):
         stitcher.take(one)
     if plan.specs[0].codec:
         check_chain(stitcher.pieces, archive.entry("archive").num_bytes)
@@ -89,3 +95,8 @@ def write_shards(work: Work, stitcher: Stitcher) -> tuple[ShardEntry, ...]:
     items = stitcher.shards(work.store)
     artifacts = work.machine.map_shards(write_in_pool, items, "documents")
     return tuple(shard_entry(item.name, artifact) for item, artifact in zip(items, artifacts, strict=True))
+
+
+def forget_ranges(work: Work) -> None:
+    """Give back the disk of ranges that were read for nothing."""
+    shutil.rmtree(work.scratch / OWN_RANGES, ignore_errors=True)

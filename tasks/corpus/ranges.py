@@ -12,6 +12,7 @@ A line that two ranges share is whole once rest and head lie together; whoever h
 """
 
 from collections import Counter
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,7 @@ from tasks.corpus.reader import BLANK, BadLine, Row, parse_line
 from tasks.corpus.shards import ShardWork
 from tasks.machine import Machine, give_back_memory
 from tasks.schemas import RANGE_ROWS, SPLITS
-from tasks.store import Artifact, Built, Spec, Work, stage, store_of
+from tasks.store import Artifact, ArtifactStore, Built, Spec, Work, stage
 
 # Of texts that are read once and then thrown away: it costs half of what zstd does.
 COMPRESSION = "lz4"
@@ -50,11 +51,18 @@ class RangeSpec(Spec):
     validation_fraction: float = Field(description="the share of documents in the validation split")
 
 
+@dataclass(frozen=True)
+class RangeWork(ShardWork):
+    """One range to read, and the store that is to have it. Picklable."""
+
+    store: ArtifactStore
+
+
 def read_in_pool(item: ShardWork) -> Artifact:
     """Read one range in this worker."""
-    spec = item.spec
-    assert isinstance(spec, RangeSpec)
-    artifact = build_range(store_of(item.inputs["archive"]), Machine(), spec, **item.inputs)
+    assert isinstance(item, RangeWork)
+    assert isinstance(item.spec, RangeSpec)
+    artifact = build_range(item.store, Machine(), item.spec, **item.inputs)
     give_back_memory()
     return artifact
 

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tasks.corpus import bzip2, many_readers
+from tasks.corpus import bzip2, documents, many_readers
 from tasks.corpus.bzip2 import MOST_BLOCK_BYTES, RangeError, check_chain, decode_range, find_marks
 from tasks.corpus.documents import DocumentsSpec, build_documents
 from tasks.errors import CorpusError
@@ -188,3 +188,79 @@ def test_ranges_of_any_size_decode_to_the_whole(num_ranges: int, level: int) -> 
 
 
 COMPRESSED = {level: bz2.compress(LINES[:200_000], level) for level in (1, 9)}
+
+
+def in_four_ranges(monkeypatch: pytest.MonkeyPatch, data: bytes) -> None:
+    monkeypatch.setattr(many_readers, "RANGE_BYTES", -(-len(data) // 4))
+
+
+def no_copies(store: ArtifactStore) -> bool:
+    return not list(store.root.rglob("range*"))
+
+
+def test_processes_of_this_machine_read_ranges_and_leave_no_copy_of_the_text(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data, store = bz2.compress(LINES, 1), ArtifactStore(tmp_path / "many")
+    in_four_ranges(monkeypatch, data)
+    asked: list[str] = []
+    monkeypatch.setattr(Machine, "run_in_pool", counted(asked, Machine.run_in_pool))
+    machine = Machine(num_workers=2, pool="processes")
+    many = build_documents(store, machine, spec_of(), archive=store_archive(store, data))
+    assert asked == ["ranges", "documents"]
+    assert told(many) == told(by_one(tmp_path, data))
+    assert no_copies(store)
+
+
+def counted(asked: list[str], run: Callable[..., list[Any]]) -> Callable[..., list[Any]]:
+    def run_and_count(machine: Machine, function: Any, items: Sequence[Any], label: str, *rest: Any) -> list[Any]:
+        asked.append(label)
+        return run(machine, function, items, label, *rest)
+
+    return run_and_count
+
+
+class Here(Machine):
+    """A machine whose pool of processes is this process."""
+
+    def run_in_pool(
+        self, function: Callable[[Any], Any], items: Sequence[Any], label: str, advance: Advance = lambda amount: None
+    ) -> list[Any]:
+        return [function(item) for item in items]
+
+
+def test_a_build_that_was_cut_off_behind_its_ranges_reads_none_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    data, store = bz2.compress(LINES, 1), ArtifactStore(tmp_path / "many")
+    archive, machine = store_archive(store, data), Here(num_workers=2, pool="processes")
+    in_four_ranges(monkeypatch, data)
+    with monkeypatch.context() as cut:
+        cut.setattr(many_readers, "write_in_pool", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            build_documents(store, machine, spec_of(), archive=archive)
+    with monkeypatch.context() as unread:
+        unread.setattr(many_readers, "read_in_pool", interrupt)
+        again = build_documents(store, machine, spec_of(), archive=archive)
+    assert told(again) == told(by_one(tmp_path, data))
+    assert no_copies(store)
+
+
+def interrupt(item: object) -> Artifact:
+    raise KeyboardInterrupt
+
+
+def test_ranges_that_do_not_fit_together_are_gone_while_one_reader_reads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    data, store = bz2.compress(LINES, 1), ArtifactStore(tmp_path / "many")
+    archive, machine = store_archive(store, data), Here(num_workers=2, pool="processes")
+    in_four_ranges(monkeypatch, data)
+
+    def refuse(*_: object) -> None:
+        assert not no_copies(store)
+        raise RangeError("a block is missing")
+
+    seen: list[bool] = []
+    monkeypatch.setattr(many_readers, "check_chain", refuse)
+    read = documents.read_batches
+    monkeypatch.setattr(documents, "read_batches", lambda *given: (seen.append(no_copies(store)), read(*given))[1])
+    one = build_documents(store, machine, spec_of(), archive=archive)
+    assert seen == [True]
+    assert told(one) == told(by_one(tmp_path, data))
