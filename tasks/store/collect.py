@@ -16,13 +16,13 @@ from typing import TypeVar
 from tasks.store.bucket import Listed
 from tasks.store.claim import CLAIMS
 from tasks.store.digest import Digest
-from tasks.store.fate import FATES, LEAST_SECONDS, TRASH, Sentence, condemn, decide, pronounce, sentence_of, trash_name
+from tasks.store.fate import FATES, LEAST_SECONDS, TRASH, Sentence, condemn, decide, pronounce, sentence_of, trash_name, trashed
 from tasks.store.gc import Collected, collect, summed
-from tasks.store.layout import NUMBER, file_name, manifest_name, places_of, read_manifest
+from tasks.store.layout import DIGEST, NUMBER, file_name, manifest_name, places_of, read_manifest
 from tasks.store.lease import passing
 from tasks.store.reach import Reach
 from tasks.store.shared import SharedStore
-from tasks.store.store import ArtifactStore
+from tasks.store.store import KIND, ArtifactStore
 from tasks.store.survey import SHARD, Group, Survey, groups
 
 log = logging.getLogger(__name__)
@@ -253,9 +253,10 @@ class _Sweep:
         old = [ref for ref, when in renewed.items() if self._is_old(when)]
         claims = [one.name for ref in old for one in self.bucket.objects(f"{CLAIMS}/{ref}")]
         self.bucket.delete_all([*claims, *self.survey.uses.dead])
-        fates = {one.name.split("/")[1]: one.name for one in self.bucket.objects(FATES) if self._is_old(one.modified)}
+        old_fates = [one.name for one in self.bucket.objects(FATES) if self._is_old(one.modified)]
+        fates = {name.split("/", 1)[1]: name for name in old_fates if NUMBER.fullmatch(name.split("/", 1)[1])}
         if fates:
-            lying = [_ref_of(one) for one in self.bucket.objects(TRASH)]
+            lying = [ref for one in self.bucket.objects(TRASH) if (ref := trashed(one.name))]
             for sentence in self.store.at_once(lambda ref: sentence_of(self.bucket, *ref), lying):
                 if sentence:
                     fates.pop(sentence.number, None)
@@ -265,8 +266,9 @@ class _Sweep:
         """Checkpoints of trainings that nobody goes on with: first what names them."""
         newest: dict[tuple[str, str], float] = defaultdict(float)
         for one in self.bucket.objects(CHECKPOINTS):
-            _, kind, key, _ = one.name.split("/", 3)
-            newest[kind, key] = max(newest[kind, key], one.modified)
+            _, kind, *rest = one.name.split("/", 3)
+            if len(rest) == 2 and KIND.fullmatch(kind) and DIGEST.fullmatch(rest[0]):
+                newest[kind, rest[0]] = max(newest[kind, rest[0]], one.modified)
         for (kind, key), modified in newest.items():
             # By claims of now: who goes on with a training would be waited for until it ends.
             claims = self.survey.newest_claims(f"{CLAIMS}/{kind}-{key}") if self._is_over(modified) else {}
@@ -280,11 +282,6 @@ class _Sweep:
     def _is_over(self, modified: float) -> bool:
         """Whether nobody goes on with a training whose newest checkpoint is of then."""
         return modified < self.survey.cutoff and self._is_old(modified)
-
-
-def _ref_of(trashed: Listed) -> tuple[str, str]:
-    _, kind, name = trashed.name.split("/", 2)
-    return kind, name.removesuffix(".json")
 
 
 def _batches(items: Iterator[T]) -> Iterator[list[T]]:

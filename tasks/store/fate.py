@@ -13,7 +13,8 @@ from typing import Literal
 import orjson
 
 from tasks.store.bucket import Bucket
-from tasks.store.layout import manifest_name, new_number
+from tasks.store.layout import DIGEST, manifest_name, new_number
+from tasks.store.store import KIND
 
 TRASH, FATES = ".trash", ".fates"
 Fate = Literal["kept", "deleted"]
@@ -41,6 +42,13 @@ def decide(bucket: Bucket, number: str, fate: Fate) -> bool:
 
 def trash_name(kind: str, key: str) -> str:
     return f"{TRASH}/{kind}/{key}.json"
+
+
+def trashed(name: str) -> tuple[str, str] | None:
+    """The kind and key whose sentence an object of the trash is; None where it is none."""
+    _, kind, *rest = name.split("/")
+    key = rest[0].removesuffix(".json") if len(rest) == 1 else ""
+    return (kind, key) if KIND.fullmatch(kind) and DIGEST.fullmatch(key) else None
 
 
 def pronounce(bucket: Bucket, kind: str, key: str, data: bytes) -> None:

@@ -54,6 +54,11 @@ def file_name(manifest: Manifest, entry: FileEntry) -> str:
     return f"{manifest.kind}/{manifest.key}/{place_of(manifest) or entry.digest}/{entry.name}"
 
 
+def is_place(name: str) -> bool:
+    """Whether a folder below a key can hold files of a build: what else lies in a bucket is somebody's own."""
+    return bool(NUMBER.fullmatch(name) or DIGEST.fullmatch(name))
+
+
 def read_manifest(kind: str, key: str, data: bytes) -> Manifest | None:
     """The manifest that an object's bytes are; None where it is not to be used: torn, another's, or not plain."""
     try:

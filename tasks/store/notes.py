@@ -95,7 +95,7 @@ class BucketNotes:
         return was_there
 
     def read_all(self, folder: str, *, is_strict: bool = False) -> list[dict[str, Any]]:
-        names = [listed.name for listed in self.bucket.objects(folder)]
+        names = [listed.name for listed in self.bucket.objects(folder) if listed.name.endswith(".json")]
         with ThreadPoolExecutor(NUM_REQUESTS, thread_name_prefix="requests") as pool:
             read = list(pool.map(lambda name: self._read(name, is_strict), names))
         return [value for value in read if value is not None]

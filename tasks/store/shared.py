@@ -34,7 +34,7 @@ from tasks.store.claim import boot_seconds, claimed
 from tasks.store.digest import Digest, digest_bytes, digest_json, write_atomically
 from tasks.store.fate import SURE_SECONDS, decide, put_back, sentence_of
 from tasks.store.fetched import SharedArtifact
-from tasks.store.layout import manifest_name, moved, placed, read_manifest
+from tasks.store.layout import DIGEST, manifest_name, moved, placed, read_manifest
 from tasks.store.lease import passing
 from tasks.store.notes import BucketNotes, Notes
 from tasks.store.publish import SHOWN_BYTES, Publisher
@@ -174,14 +174,14 @@ class SharedStore(ArtifactStore):
         """The keys that the bucket lists or the cache knows; a whole key is taken at its word."""
         if len(prefix) == len(digest_bytes(b"")):
             return [Digest(prefix)]
-        listed = {Digest(name) for name in self.bucket.names(kind) if name.startswith(prefix)}
+        listed = {Digest(name) for name in self.bucket.names(kind) if name.startswith(prefix) and DIGEST.fullmatch(name)}
         return sorted({*super().keys(kind, prefix), *listed})
 
     def refs(self) -> list[tuple[str, Digest]]:
         """What has a manifest in the bucket, as it is listed now: a cache may know of what was collected since."""
         kinds = sorted(name for name in self.bucket.names() if KIND.fullmatch(name))
         names = (one.name.split("/") for kind in kinds for one in self.bucket.objects(kind))
-        return [(name[0], Digest(name[1])) for name in names if name[2:] == [MANIFEST_NAME]]
+        return [(name[0], Digest(name[1])) for name in names if name[2:] == [MANIFEST_NAME] and DIGEST.fullmatch(name[1])]
 
     def learn(self) -> None:
         """Get the manifests of all that is no shard, so that the cache can be asked what is like what."""

@@ -11,9 +11,9 @@ from tasks.store.artifact import MANIFEST_NAME
 from tasks.store.bucket import Bucket, Listed
 from tasks.store.claim import CLAIMS
 from tasks.store.digest import Digest
-from tasks.store.fate import TRASH, sentence_of
+from tasks.store.fate import TRASH, sentence_of, trashed
 from tasks.store.gc import nothing_needed
-from tasks.store.layout import manifest_name
+from tasks.store.layout import DIGEST, is_place, manifest_name
 from tasks.store.pins import last_refs, pins, runs, unfinished
 from tasks.store.reach import Reach
 from tasks.store.shared import SharedStore
@@ -44,15 +44,16 @@ class Group:
 
 
 def groups(bucket: Bucket, kind: str) -> Iterator[Group]:
-    """The keys of a kind, as they are listed; nothing is kept of those that went by."""
-    for key, listed in groupby(bucket.objects(kind), key=lambda one: one.name.split("/")[1]):
+    """The keys of a kind, as they are listed; nothing is kept of those that went by, or of what is not the store's."""
+    split = ((one.name.split("/", 3), one) for one in bucket.objects(kind))
+    own = ((names, one) for names, one in split if len(names) > 2 and DIGEST.fullmatch(names[1]))
+    for key, listed in groupby(own, key=lambda named: named[0][1]):
         manifest: Listed | None = None
         places: dict[str, list[Listed]] = {}
-        for one in listed:
-            _, _, place, *rest = one.name.split("/", 3)
-            if rest:
+        for (_, _, place, *rest), one in listed:
+            if rest and is_place(place):
                 places.setdefault(place, []).append(one)
-            elif place == MANIFEST_NAME:
+            elif not rest and place == MANIFEST_NAME:
                 manifest = one
         yield Group(kind, key, manifest, places)
 
@@ -139,8 +140,4 @@ class Survey:
         return newest
 
     def _list_trash(self) -> dict[tuple[str, str], Listed]:
-        found = {}
-        for one in self.bucket.objects(TRASH):
-            _, kind, name = one.name.split("/", 2)
-            found[kind, name.removesuffix(".json")] = one
-        return found
+        return {ref: one for one in self.bucket.objects(TRASH) if (ref := trashed(one.name))}

@@ -155,7 +155,13 @@ def uses(bucket: Bucket, leases: Iterable[Listed], now: float, lease_seconds: fl
         if now - listed.modified >= lease_seconds:
             dead.append(listed.name)
         elif data := bucket.get(listed.name):
-            value = orjson.loads(data)
-            refs.update(value["refs"])
-            began.append(value.get("began") or listed.modified)
+            try:
+                value = orjson.loads(data)
+                refs.update(value["refs"])
+                began.append(value.get("began") or listed.modified)
+            except (ValueError, KeyError, TypeError, AttributeError) as error:
+                raise StoreError(
+                    f"{bucket.url}/{listed.name}: cannot be read ({type(error).__name__}), and what it names would be collected; "
+                    f"delete it, or wait for {lease_seconds / 60:.0f} minutes"
+                ) from error
     return Uses(frozenset(refs), min(began, default=None), tuple(dead))

@@ -375,8 +375,15 @@ def test_an_upload_that_was_taken_up_in_time_is_not_left_over(world: World) -> N
 def test_what_is_long_over_is_swept(world: World) -> None:
     letters = world.run("abc")
     bucket = world["here"].bucket
-    for name in (".damaged/word-1.json", ".claims/word-2/0", ".claims/word-2/1", ".fates/1", ".checkpoints/word/1/kept.json"):
-        bucket.put(name, b"{}")
+    ends = (
+        "damaged/word-1.json",
+        "claims/word-2/0",
+        "claims/word-2/1",
+        f"fates/{'1' * 16}",
+        f"checkpoints/word/{'1' * 64}/kept.json",
+    )
+    for name in ends:
+        bucket.put(f".{name}", b"{}")
     world.pass_by(0.5)
     world.collect(grace_seconds=0)
     assert len(world.objects(".[dcf]*/**/*")) == 5
