@@ -63,6 +63,10 @@ def _show_damaged(verified: Verified) -> None:
 
 
 def _show_collected(collected: Collected) -> None:
-    rows = [{"Collected": taken.what, "Number": taken.number, "Size": size(taken.num_bytes)} for taken in collected.taken]
+    rows = [
+        {"Collected": one.what, "Number": one.number, "Size": size(one.num_bytes), "How": how}
+        for how, several in (("to the trash", collected.taken), ("deleted", collected.deleted))
+        for one in several
+    ]
     told = f"{collected.num_kept:,} artifacts and shards kept, {collected.num_in_use:,} of them only for having been used lately"
     create_table_artifact(key="collected", table=rows, description=told)

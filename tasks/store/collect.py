@@ -1,6 +1,7 @@
 """Collect what nothing needs of a bucket: first out of its place, into the trash, and out of the trash once the grace is over.
 
 Writes  <url>/.trash/<kind>/<key>.json, <url>/.fates/<number>     (tasks.store.fate)
+Deletes <url>/.runs/<...>                                         records of runs that nothing can need any more
 
 Safe beside builders on every machine, without a gate that holds them up (docs/decisions/0026): what is condemned keeps its
 files, and comes back where it is asked for; files go only after their fate was written, once for all; and what is needed is
@@ -17,7 +18,7 @@ from tasks.store.bucket import Listed
 from tasks.store.claim import CLAIMS
 from tasks.store.digest import Digest
 from tasks.store.fate import FATES, LEAST_SECONDS, TRASH, Sentence, condemn, decide, pronounce, sentence_of, trash_name, trashed
-from tasks.store.gc import Collected, collect, summed
+from tasks.store.gc import Collected, collect, prune, summed
 from tasks.store.layout import DIGEST, NUMBER, file_name, manifest_name, places_of, read_manifest
 from tasks.store.lease import passing
 from tasks.store.reach import Reach
@@ -244,6 +245,8 @@ class _Sweep:
     def leftovers(self) -> None:
         """Delete what tells of builds and collections that are long over."""
         self._checkpoints()
+        records = self.store.at_once(lambda note: prune(self.store.notes, [note], self.dry_run), self.survey.spent)
+        self.deleted += [one for some in records for one in some]
         if damaged := [one for one in self.bucket.objects(DAMAGED) if self._is_old(one.modified)]:
             self._delete("damaged", damaged)
         if self.dry_run:

@@ -2,6 +2,7 @@
 
 Reads   <root>/.pins, <root>/.runs, manifests
 Writes  <root>/.trash/<time in ns>/<kind>/<key>
+Deletes <root>/.runs/<...>      records of runs that nothing can need any more
 
 Kept is what a pin or one of a recipe's last runs names; what was found, built or begun within the grace, since the oldest
 living lease began (tasks.store.lease), or since a run began that stopped on its way; and all that these list or were made
@@ -14,16 +15,17 @@ import logging
 import os
 import shutil
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from tasks.errors import StoreError
 from tasks.store.lease import clock_ns, collecting, oldest_lease, try_lock
+from tasks.store.notes import Note, Notes
 from tasks.store.origin import folder_bytes
-from tasks.store.pins import last_refs, pins, runs, unfinished_since
+from tasks.store.pins import last_refs, pins, run_notes, spent, unfinished_since
 from tasks.store.reach import Reach
 from tasks.store.store import TRASH, ArtifactStore
 
@@ -31,6 +33,7 @@ log = logging.getLogger(__name__)
 
 DELETING = ".deleting-"
 KEY_CHARACTERS = 64
+SPENT = "records of runs"
 
 
 @dataclass(frozen=True)
@@ -55,7 +58,7 @@ class Collected:
     unfinished_since: float | None  # when the earliest run began that stopped on its way
     deleted_bytes: int
     trash_bytes: int
-    deleted: tuple[Taken, ...] = ()  # of a bucket: what was deleted, by what it is
+    deleted: tuple[Taken, ...] = ()  # by what it is: records of runs, and of a bucket all that was deleted
 
     @property
     def taken_bytes(self) -> int:
@@ -79,8 +82,10 @@ def collect(store: ArtifactStore, *, keep_last: int, grace_seconds: float, dry_r
         if not dry_run:
             moved = [(what, name) for what, name in moved if _move(store.root, name, batch)]
             _remove_locks(store.root, marking.cutoff)
+        pruned = prune(store.notes, marking.spent, dry_run)
     where = store.root if dry_run else batch
     taken = summed((what, folder_bytes(where / name)) for what, name in moved)
+    deleted_bytes = empty_trash(store.root, now_ns, grace_seconds, dry_run)
     return Collected(
         is_dry_run=dry_run,
         grace_seconds=grace_seconds,
@@ -89,8 +94,9 @@ def collect(store: ArtifactStore, *, keep_last: int, grace_seconds: float, dry_r
         num_in_use=marking.num_in_use,
         in_use_since=marking.lease,
         unfinished_since=marking.unfinished,
-        deleted_bytes=empty_trash(store.root, now_ns, grace_seconds, dry_run),
+        deleted_bytes=deleted_bytes + sum(num_bytes for _, num_bytes in pruned),
         trash_bytes=folder_bytes(store.root / TRASH),
+        deleted=summed(iter(pruned)),
     )
 
 
@@ -105,11 +111,14 @@ class Marking:
     lease: float | None = None
     unfinished: float | None = None
     num_in_use: int = 0
+    spent: list[Note] = field(default_factory=list)  # records of runs that are needed no more
 
     def __post_init__(self) -> None:
         root = self.store.root
         self.reached = Reach(root)
-        recorded = runs(self.store.notes, is_strict=True)
+        noted = run_notes(self.store.notes, is_strict=True)
+        recorded = [note.value for note in noted]
+        self.spent = spent(noted, self.now, self.keep_last)
         self.lease = oldest_lease(root)
         self.unfinished = unfinished_since(recorded, self.now)
         # A microsecond later: without any grace, what was made in this very tick of the clock is not in use either.
@@ -183,6 +192,11 @@ def empty_trash(root: Path, now_ns: int, grace_seconds: float, dry_run: bool) ->
         num_bytes += folder_bytes(path)
         shutil.rmtree(path, ignore_errors=True)
     return num_bytes
+
+
+def prune(notes: Notes, spent: Sequence[Note], dry_run: bool) -> list[tuple[str, int]]:
+    """Remove records of runs that are needed no more; returns them as ``summed`` takes them."""
+    return [(SPENT, note.num_bytes) for note in spent if dry_run or notes.remove_unchanged(note)]
 
 
 def _move(root: Path, name: str, batch: Path) -> bool:

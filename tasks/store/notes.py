@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import orjson
 
@@ -22,6 +22,15 @@ log = logging.getLogger(__name__)
 NUM_REQUESTS = 16
 
 
+class Note(NamedTuple):
+    """A record as it was read. written: by the clock that dates the store, in seconds since 1970."""
+
+    name: str
+    value: dict[str, Any]
+    written: float
+    num_bytes: int
+
+
 class Notes(Protocol):
     """Where a store keeps its records; ``name`` is <folder>/<name>.json."""
 
@@ -31,7 +40,10 @@ class Notes(Protocol):
     def remove(self, name: str) -> bool:
         """Remove a record; False where there was none."""
 
-    def read_all(self, folder: str, *, is_strict: bool = False) -> list[dict[str, Any]]:
+    def remove_unchanged(self, note: Note) -> bool:
+        """Remove a record, unless it was written since it was read, or is gone; whether it was removed."""
+
+    def read_all(self, folder: str, *, is_strict: bool = False) -> list[Note]:
         """Every record of a folder.
 
         is_strict: raise StoreError for one that cannot be read, which is passed over otherwise.
@@ -52,18 +64,30 @@ class FolderNotes:
         (self.root / name).unlink(missing_ok=True)
         return was_there
 
-    def read_all(self, folder: str, *, is_strict: bool = False) -> list[dict[str, Any]]:
-        return [value for path in self._paths(self.root / folder) if (value := self._read(path, is_strict)) is not None]
-
-    def _read(self, path: Path, is_strict: bool) -> dict[str, Any] | None:
+    def remove_unchanged(self, note: Note) -> bool:
+        path = self.root / note.name
         try:
-            data = path.read_bytes()
+            if path.stat().st_mtime != note.written:
+                return False
+            path.unlink()
+        except FileNotFoundError:
+            return False
+        return True
+
+    def read_all(self, folder: str, *, is_strict: bool = False) -> list[Note]:
+        return [note for path in self._paths(self.root / folder) if (note := self._read(path, is_strict)) is not None]
+
+    def _read(self, path: Path, is_strict: bool) -> Note | None:
+        try:
+            with path.open("rb") as file:
+                data, written = file.read(), os.fstat(file.fileno()).st_mtime
         except FileNotFoundError:  # unpinned meanwhile
             return None
         except OSError as error:
             _tell_unreadable(str(path), error, is_strict)
             return None
-        return _parsed(str(path), data, is_strict)
+        value = _parsed(str(path), data, is_strict)
+        return None if value is None else Note(str(path.relative_to(self.root)), value, written, len(data))
 
     def _paths(self, folder: Path) -> Iterator[Path]:
         # Not by glob, to which a folder that may not be read is an empty one.
@@ -94,20 +118,28 @@ class BucketNotes:
         self.bucket.delete(name)
         return was_there
 
-    def read_all(self, folder: str, *, is_strict: bool = False) -> list[dict[str, Any]]:
+    def remove_unchanged(self, note: Note) -> bool:
+        if self.bucket.modified(note.name) != note.written:
+            return False
+        self.bucket.delete(note.name)
+        return True
+
+    def read_all(self, folder: str, *, is_strict: bool = False) -> list[Note]:
         names = [listed.name for listed in self.bucket.objects(folder) if listed.name.endswith(".json")]
         with ThreadPoolExecutor(NUM_REQUESTS, thread_name_prefix="requests") as pool:
             read = list(pool.map(lambda name: self._read(name, is_strict), names))
-        return [value for value in read if value is not None]
+        return [note for note in read if note is not None]
 
-    def _read(self, name: str, is_strict: bool) -> dict[str, Any] | None:
+    def _read(self, name: str, is_strict: bool) -> Note | None:
         if (found := self.bucket.dated(name)) is None:
             return None
         value = _parsed(f"{self.bucket.url}/{name}", found[0], is_strict)
-        if value is not None and "started" in value:
+        if value is None:
+            return None
+        if "started" in value:
             began = value.pop("began", None) or found[1]
             value["started"] = datetime.fromtimestamp(began, UTC).isoformat(timespec="microseconds")
-        return value
+        return Note(name, value, found[1], len(found[0]))
 
 
 def _parsed(where: str, data: bytes, is_strict: bool) -> dict[str, Any] | None:

@@ -17,12 +17,14 @@ import orjson
 
 from tasks.errors import StoreError
 from tasks.store.artifact import Artifact
-from tasks.store.notes import Notes
+from tasks.store.notes import Note, Notes
 
 log = logging.getLogger(__name__)
 
 PINS, RUNS = ".pins", ".runs"
 UNFINISHED_SECONDS = 30 * 86_400.0  # a run that was not gone on with for so long will not be
+# The record of a run that was not written for so long goes, unless it alone tells of one of a node's last KEPT_LAST artifacts.
+RECORD_SECONDS, KEPT_LAST = UNFINISHED_SECONDS, 10
 
 
 def pin(notes: Notes, artifact: Artifact, note: str | None = None) -> None:
@@ -40,13 +42,20 @@ def pins(notes: Notes, *, is_strict: bool = False) -> list[dict[str, Any]]:
 
     is_strict: raise StoreError for one that cannot be read, which is passed over otherwise.
     """
-    found = notes.read_all(PINS, is_strict=is_strict)
+    found = [note.value for note in notes.read_all(PINS, is_strict=is_strict)]
     return sorted(found, key=lambda pinned: (pinned.get("pinned", ""), pinned.get("ref", "")))
 
 
 def runs(notes: Notes, *, is_strict: bool = False) -> list[dict[str, Any]]:
     """Every recorded run, oldest first: {"recipe", "until", "state", "started", "ended", "refs": {node: ref}, ...}."""
-    return sorted(notes.read_all(RUNS, is_strict=is_strict), key=lambda run: (run.get("started", ""), run.get("pid", 0)))
+    return [note.value for note in run_notes(notes, is_strict=is_strict)]
+
+
+def run_notes(notes: Notes, *, is_strict: bool = False) -> list[Note]:
+    """What ``runs`` returns, as records."""
+    return sorted(
+        notes.read_all(RUNS, is_strict=is_strict), key=lambda note: (note.value.get("started", ""), note.value.get("pid", 0))
+    )
 
 
 @contextmanager
@@ -91,13 +100,31 @@ def last_refs(runs: Sequence[Mapping[str, Any]], keep_last: int) -> set[str]:
 
     Different ones: a nightly run that finds all as it was must not push out what was there before the last change.
     """
-    kept: dict[tuple[str, str], dict[str, None]] = {}
-    for run in reversed(runs):
+    return {ref for refs in _last(runs, keep_last).values() for ref in refs}
+
+
+def _last(runs: Sequence[Mapping[str, Any]], keep_last: int) -> dict[tuple[str, str], dict[str, int]]:
+    """By recipe and node, those references, each with the number of the last run, of these, that names it."""
+    kept: dict[tuple[str, str], dict[str, int]] = {}
+    for number, run in reversed(list(enumerate(runs))):
         for name, ref in run.get("refs", {}).items():
             refs = kept.setdefault((run.get("recipe", ""), name), {})
             if len(refs) < keep_last:
-                refs[ref] = None
-    return {ref for refs in kept.values() for ref in refs}
+                refs.setdefault(ref, number)
+    return kept
+
+
+def spent(recorded: Sequence[Note], now: float, keep_last: int, kept_last: int = KEPT_LAST) -> list[Note]:
+    """The runs, of these, oldest first, whose records change nothing any more: neither of ``last_refs`` nor of ``unfinished``.
+
+    now: by the clock that dates the records. None goes that was written within RECORD_SECONDS, or that a collection would need
+    which keeps the last ``kept_last`` of each node; ``keep_last`` is what this one keeps.
+    """
+    values = [note.value for note in recorded]
+    needed = {number for refs in _last(values, max(keep_last, kept_last)).values() for number in refs.values()}
+    held = {id(run) for _, run in unfinished(values, now)}
+    old = (number for number, note in enumerate(recorded) if note.written < now - RECORD_SECONDS)
+    return [recorded[number] for number in old if number not in needed and id(values[number]) not in held]
 
 
 def unfinished(runs: Sequence[Mapping[str, Any]], now: float) -> list[tuple[float, Mapping[str, Any]]]:

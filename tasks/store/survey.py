@@ -14,7 +14,7 @@ from tasks.store.digest import Digest
 from tasks.store.fate import TRASH, sentence_of, trashed
 from tasks.store.gc import nothing_needed
 from tasks.store.layout import DIGEST, is_place, manifest_name
-from tasks.store.pins import last_refs, pins, runs, unfinished
+from tasks.store.pins import last_refs, pins, run_notes, spent, unfinished
 from tasks.store.reach import Reach
 from tasks.store.shared import SharedStore
 from tasks.store.store import KIND
@@ -66,7 +66,9 @@ class Survey:
         self.store, self.bucket = store, store.bucket
         self.least_seconds, self.grace_seconds = least_seconds, max(grace_seconds, least_seconds)
         self.now = bucket_clock(self.bucket)
-        recorded = runs(store.notes, is_strict=True)
+        noted = run_notes(store.notes, is_strict=True)
+        recorded = [note.value for note in noted]
+        self.spent = spent(noted, self.now, keep_last)  # records of runs that are needed no more
         needed = {str(pinned.get("ref")) for pinned in pins(store.notes, is_strict=True)} | last_refs(recorded, keep_last)
         if not needed:
             raise nothing_needed(store)

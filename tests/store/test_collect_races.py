@@ -92,7 +92,7 @@ def test_a_run_with_other_overrides_does_not_end_a_training_that_was_stopped(wor
     assert world.collect().deleted == ()
     assert world.objects(".checkpoints/**/*") == names
     world.pass_by(30)
-    assert [gone.what for gone in world.collect().deleted] == ["checkpoints of word"]
+    assert [gone.what for gone in world.collect().deleted] == ["checkpoints of word", "records of runs"]
 
 
 def test_a_collector_whose_disk_is_full_takes_nothing(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
