@@ -95,7 +95,7 @@ class _Sweep:
     def artifacts(self) -> None:
         standing = [one for one in self.survey.artifacts.values() if one.manifest and not self.reach.has(one.kind, one.key)]
         used = [one for one in standing if self.survey.is_used(one)]
-        self.reach.follow({one.ref for one in used})
+        self.survey.follow({one.ref for one in used})
         moved = [one for one in standing if not self.reach.has(one.kind, one.key)]
         self.num_in_use += len(standing) - len(moved)
         self._condemn(moved)

@@ -22,11 +22,13 @@ from pathlib import Path
 from typing import Any
 
 from tasks.errors import StoreError
+from tasks.store.artifact import MANIFEST_NAME
 from tasks.store.lease import clock_ns, collecting, oldest_lease, try_lock
 from tasks.store.notes import Note, Notes
 from tasks.store.origin import folder_bytes
 from tasks.store.pins import last_refs, pins, run_notes, spent, unfinished_since
 from tasks.store.reach import Reach
+from tasks.store.records import read_record
 from tasks.store.store import TRASH, ArtifactStore
 
 log = logging.getLogger(__name__)
@@ -126,13 +128,20 @@ class Marking:
         self.cutoff = min(when for when in (begin, self.lease, self.unfinished) if when is not None)
         roots = {str(pinned.get("ref")) for pinned in pins(self.store.notes, is_strict=True)}
         roots |= last_refs(recorded, self.keep_last)
-        if not roots:
-            raise nothing_needed(self.store)
         self.reached.follow(roots)
+        self._refuse_unread()
+        if not roots or (not len(self.reached) and any(map(self._unreached, self.store.kinds()))):
+            raise nothing_needed(self.store)
 
     @property
     def num_kept(self) -> int:
         return len(self.reached)
+
+    def _refuse_unread(self) -> None:
+        """Raise StoreError for a needed artifact whose folder is there, and whose manifest cannot be read."""
+        for folder in sorted(self.store.root / ref for ref in self.reached.unread if ref):
+            if folder.exists() and read_record(folder / MANIFEST_NAME) is None:
+                raise unread(str(folder))
 
     def moved(self) -> list[tuple[str, str]]:
         """What is not needed: for each folder what it is, and its path below the root.
@@ -145,6 +154,7 @@ class Marking:
         artifacts = [f"{kind}/{key}" for kind, keys in listed.items() if kind not in shards for key in keys]
         used = {ref for ref in artifacts if self._is_used(*ref.split("/"))}
         self.reached.follow(used)
+        self._refuse_unread()
         moved = [(ref, ref) for ref in artifacts if not self.reached.has(*ref.split("/"))]
         self.num_in_use = len(artifacts) - len(moved)
         for kind, keys in shards.items():
@@ -248,6 +258,14 @@ def nothing_needed(store: ArtifactStore) -> StoreError:
     return StoreError(
         f"{store.address}: no pin and no recorded run says what is needed, and all of it would be collected; "
         "run your recipes again (all of it will be found), or pin what you keep"
+    )
+
+
+def unread(where: str) -> StoreError:
+    """What a collector says of a needed artifact whose manifest it cannot read."""
+    return StoreError(
+        f"{where}: its manifest cannot be read, and what it lists and was made from would be collected; "
+        "run its recipe again, which rebuilds it, or mend it, or delete it with its pin"
     )
 
 

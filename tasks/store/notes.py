@@ -5,7 +5,7 @@ Reads and writes  <root>/<folder>/<name>.json or <url>/<folder>/<name>.json
 
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
 from pathlib import Path
@@ -20,6 +20,13 @@ from tasks.store.digest import write_atomically
 log = logging.getLogger(__name__)
 
 NUM_REQUESTS = 16
+
+
+Sound = Callable[[dict[str, Any]], bool]  # whether a record has what its readers take
+
+
+def any_dict(value: dict[str, Any]) -> bool:
+    return True
 
 
 class Note(NamedTuple):
@@ -43,10 +50,10 @@ class Notes(Protocol):
     def remove_unchanged(self, note: Note) -> bool:
         """Remove a record, unless it was written since it was read, or is gone; whether it was removed."""
 
-    def read_all(self, folder: str, *, is_strict: bool = False) -> list[Note]:
+    def read_all(self, folder: str, *, is_strict: bool = False, is_sound: Sound = any_dict) -> list[Note]:
         """Every record of a folder.
 
-        is_strict: raise StoreError for one that cannot be read, which is passed over otherwise.
+        is_strict: raise StoreError for one that cannot be read, or is not sound, which is passed over otherwise.
         """
 
 
@@ -74,10 +81,10 @@ class FolderNotes:
             return False
         return True
 
-    def read_all(self, folder: str, *, is_strict: bool = False) -> list[Note]:
-        return [note for path in self._paths(self.root / folder) if (note := self._read(path, is_strict)) is not None]
+    def read_all(self, folder: str, *, is_strict: bool = False, is_sound: Sound = any_dict) -> list[Note]:
+        return [note for path in self._paths(self.root / folder) if (note := self._read(path, is_strict, is_sound)) is not None]
 
-    def _read(self, path: Path, is_strict: bool) -> Note | None:
+    def _read(self, path: Path, is_strict: bool, is_sound: Sound) -> Note | None:
         try:
             with path.open("rb") as file:
                 data, written = file.read(), os.fstat(file.fileno()).st_mtime
@@ -86,7 +93,7 @@ class FolderNotes:
         except OSError as error:
             _tell_unreadable(str(path), error, is_strict)
             return None
-        value = _parsed(str(path), data, is_strict)
+        value = _parsed(str(path), data, is_strict, is_sound)
         return None if value is None else Note(str(path.relative_to(self.root)), value, written, len(data))
 
     def _paths(self, folder: Path) -> Iterator[Path]:
@@ -124,16 +131,16 @@ class BucketNotes:
         self.bucket.delete(note.name)
         return True
 
-    def read_all(self, folder: str, *, is_strict: bool = False) -> list[Note]:
+    def read_all(self, folder: str, *, is_strict: bool = False, is_sound: Sound = any_dict) -> list[Note]:
         names = [listed.name for listed in self.bucket.objects(folder) if listed.name.endswith(".json")]
         with ThreadPoolExecutor(NUM_REQUESTS, thread_name_prefix="requests") as pool:
-            read = list(pool.map(lambda name: self._read(name, is_strict), names))
+            read = list(pool.map(lambda name: self._read(name, is_strict, is_sound), names))
         return [note for note in read if note is not None]
 
-    def _read(self, name: str, is_strict: bool) -> Note | None:
+    def _read(self, name: str, is_strict: bool, is_sound: Sound) -> Note | None:
         if (found := self.bucket.dated(name)) is None:
             return None
-        value = _parsed(f"{self.bucket.url}/{name}", found[0], is_strict)
+        value = _parsed(f"{self.bucket.url}/{name}", found[0], is_strict, is_sound)
         if value is None:
             return None
         if "started" in value:
@@ -142,13 +149,15 @@ class BucketNotes:
         return Note(name, value, found[1], len(found[0]))
 
 
-def _parsed(where: str, data: bytes, is_strict: bool) -> dict[str, Any] | None:
+def _parsed(where: str, data: bytes, is_strict: bool, is_sound: Sound) -> dict[str, Any] | None:
     try:
         value = orjson.loads(data)
+        if not isinstance(value, dict) or not is_sound(value):
+            raise ValueError(f"{where}: not a record")
     except ValueError as error:
         _tell_unreadable(where, error, is_strict)
         return None
-    return value if isinstance(value, dict) else None
+    return value
 
 
 def _tell_unreadable(where: str, error: Exception, is_strict: bool) -> None:

@@ -42,7 +42,7 @@ def pins(notes: Notes, *, is_strict: bool = False) -> list[dict[str, Any]]:
 
     is_strict: raise StoreError for one that cannot be read, which is passed over otherwise.
     """
-    found = [note.value for note in notes.read_all(PINS, is_strict=is_strict)]
+    found = [note.value for note in notes.read_all(PINS, is_strict=is_strict, is_sound=_is_pin)]
     return sorted(found, key=lambda pinned: (pinned.get("pinned", ""), pinned.get("ref", "")))
 
 
@@ -54,7 +54,8 @@ def runs(notes: Notes, *, is_strict: bool = False) -> list[dict[str, Any]]:
 def run_notes(notes: Notes, *, is_strict: bool = False) -> list[Note]:
     """What ``runs`` returns, as records."""
     return sorted(
-        notes.read_all(RUNS, is_strict=is_strict), key=lambda note: (note.value.get("started", ""), note.value.get("pid", 0))
+        notes.read_all(RUNS, is_strict=is_strict, is_sound=_is_run),
+        key=lambda note: (note.value.get("started", ""), note.value.get("pid", 0)),
     )
 
 
@@ -141,6 +142,15 @@ def unfinished(runs: Sequence[Mapping[str, Any]], now: float) -> list[tuple[floa
 def unfinished_since(runs: Sequence[Mapping[str, Any]], now: float) -> float | None:
     """When the earliest of those began; None where there is none."""
     return min((when for when, _ in unfinished(runs, now)), default=None)
+
+
+def _is_pin(value: Mapping[str, Any]) -> bool:
+    return "/" in str(value.get("ref"))
+
+
+def _is_run(value: Mapping[str, Any]) -> bool:
+    refs = value.get("refs", {})
+    return isinstance(refs, dict) and all(isinstance(ref, str) for ref in refs.values())
 
 
 def _overrides(run: Mapping[str, Any]) -> bytes:

@@ -11,14 +11,15 @@ from pathlib import Path
 import orjson
 
 from tasks.store.artifact import MANIFEST_NAME
-from tasks.store.records import Records
+from tasks.store.records import Record, Records
 
 
 class Reach:
-    """The artifacts and shards that were reached so far."""
+    """The artifacts and shards that were reached so far. unread: references that led on to nothing that can be read."""
 
     def __init__(self, root: Path, records: Records | None = None) -> None:
         self.root, self.records = root, records or Records(root)
+        self.unread: set[str] = set()
         self._keys: dict[str, set[bytes]] = defaultdict(set)
 
     def __len__(self) -> int:
@@ -32,21 +33,29 @@ class Reach:
         self._keys[kind].add(_bytes(key))
 
     def follow(self, refs: Iterable[str]) -> None:
-        """Mark artifacts, the shards that they list, and what they were made from; one without a manifest is passed over."""
+        """Mark artifacts, the shards that they list, and what they were made from; ``unread`` where there is no manifest."""
         waiting = sorted(refs)
         while waiting:
             kind, _, key = waiting.pop().partition("/")
             if not key or self.has(kind, key):
                 continue
             path = self.root / kind / key / MANIFEST_NAME
-            if not path.exists():
+            record = self.records.by_ref(f"{kind}/{key}")
+            if not path.exists() or record is None:
+                self.unread.add(f"{kind}/{key}")
                 continue
             self.add(kind, key)
             for shard_kind, shard_key in _shards(path):
                 self.add(shard_kind, shard_key)
-            if record := self.records.by_ref(f"{kind}/{key}"):
-                found = (self.records.input_of(record, name) for name in record.inputs)
-                waiting += [given.ref for given in found if given]
+            waiting += self._inputs(record)
+
+    def _inputs(self, record: Record) -> Iterator[str]:
+        """What an artifact was made from, but for what is not there."""
+        for name in record.inputs:
+            if given := self.records.input_of(record, name):
+                yield given.ref
+            else:
+                self.unread.add(record.produced_by.get("inputs", {}).get(name, ""))
 
 
 def _shards(path: Path) -> Iterator[tuple[str, str]]:

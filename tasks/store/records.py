@@ -82,9 +82,8 @@ class Records:
     def by_ref(self, ref: str) -> Record | None:
         """The one of that reference; a shard is read by itself, for there may be a million of them."""
         kind, _, key = ref.partition("/")
-        if kind.endswith("-shard"):
-            return read_record(self.root / kind / key / MANIFEST_NAME)
-        return self._of_kind(kind).get(key)
+        known = None if kind.endswith("-shard") else self._of_kind(kind).get(key)
+        return known or read_record(self.root / kind / key / MANIFEST_NAME)  # committed since the kind was read
 
     def input_of(self, record: Record, name: str) -> Record | None:
         """What a record names as its input, or another of the same content; None where the store has neither."""

@@ -3,7 +3,7 @@
 Reads   <url>/.pins, .runs, .leases, .claims, .trash, and the listing of every kind
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from itertools import groupby
 
@@ -12,7 +12,7 @@ from tasks.store.bucket import Bucket, Listed
 from tasks.store.claim import CLAIMS
 from tasks.store.digest import Digest
 from tasks.store.fate import TRASH, sentence_of, trashed
-from tasks.store.gc import nothing_needed
+from tasks.store.gc import nothing_needed, unread
 from tasks.store.layout import DIGEST, is_place, manifest_name
 from tasks.store.pins import last_refs, pins, run_notes, spent, unfinished
 from tasks.store.reach import Reach
@@ -88,26 +88,35 @@ class Survey:
         self.artifacts = {
             (one.kind, one.key): one for kind in kinds if not kind.endswith(SHARD) for one in groups(self.bucket, kind)
         }
-        self._load()
+        self.unread = self._load()
         self.reach = Reach(store.root)
-        self.reach.follow(needed)
+        self.follow(needed)
+        if not len(self.reach) and any(one.manifest for one in self.artifacts.values()):
+            raise nothing_needed(store)
 
-    def _load(self) -> None:
-        """Bring the manifests of all that is no shard into the cache, to be followed there.
+    def follow(self, needed: Iterable[str]) -> None:
+        """Reach what these need. Raises StoreError for one of whom no more is known than that it is there."""
+        self.reach.follow(needed)
+        for kind, key in self.unread:
+            if self.reach.has(kind, key) or f"{kind}/{key}" in self.reach.unread:
+                raise unread(self.store.place(kind, Digest(key)))
+
+    def _load(self) -> list[tuple[str, str]]:
+        """Bring the manifests of all that is no shard into the cache, to be followed there; returns those that cannot be read.
 
         Raises StoreError where the cache cannot be written: what is not in it would be passed over, and collected.
         """
 
-        def keep(ref: tuple[str, str]) -> None:
+        def is_kept(ref: tuple[str, str]) -> bool:
             if self.is_standing(*ref):
                 data = self.bucket.get(manifest_name(*ref))
             else:
                 data = sentence.data if (sentence := sentence_of(self.bucket, *ref)) else None
-            if data is not None:
-                self.store.keep_manifest(ref[0], Digest(ref[1]), data, is_strict=True)
+            return data is None or self.store.keep_manifest(ref[0], Digest(ref[1]), data, is_strict=True) is not None
 
         lying = {ref for ref in self.trash if not ref[0].endswith(SHARD)}
-        self.store.at_once(keep, sorted({ref for ref, one in self.artifacts.items() if one.manifest} | lying))
+        refs = sorted({ref for ref, one in self.artifacts.items() if one.manifest} | lying)
+        return [ref for ref, kept in zip(refs, self.store.at_once(is_kept, refs), strict=True) if not kept]
 
     def is_standing(self, kind: str, key: str) -> bool:
         """Whether an artifact, which is no shard, has its manifest in its place."""

@@ -14,6 +14,7 @@ from tasks.store.gc import Marking, collect
 from tasks.store.lease import clock_ns, end_lease
 from tasks.store.notes import FolderNotes
 from tasks.store.pins import pin, recorded_run, runs, unfinished_since
+from tasks.store.reach import Reach
 from tests.store.test_gc import DAY, aged, built, gone, held
 from tests.store.test_stage import WordSpec, build_word
 
@@ -158,3 +159,12 @@ def test_a_file_system_without_locks_is_told_with_the_way_out(store: ArtifactSto
     monkeypatch.setattr(fcntl, "flock", refuse)
     with pytest.raises(StoreError, match=r"locks no files .*name it as file://"):
         build_word(store, Machine(), WordSpec(word="a"))
+
+
+def test_what_is_committed_once_its_kind_was_read_is_followed_too(store: ArtifactStore) -> None:
+    built(store, "abc")
+    reach = Reach(store.root)
+    reach.follow(f"letters/{key}" for key in store.keys("letters"))
+    assert len(reach) == 2 + 3
+    reach.follow([built(store, "xyz").ref])
+    assert (len(reach), reach.unread) == (4 + 6, set())
