@@ -32,7 +32,7 @@ class Publisher:
         self,
         manifest: Manifest,
         folder: Path,
-        at_once: Callable[[Callable[[FileEntry], None], tuple[FileEntry, ...]], Any],
+        at_once: Callable[[Callable[[FileEntry], Any], tuple[FileEntry, ...]], Any],
         bar: Callable[[str, int], AbstractContextManager[Advance]],
         *,
         is_again: bool,
@@ -48,9 +48,14 @@ class Publisher:
             if not is_again and boot_seconds() - begun < self.sure_seconds:
                 return manifest
             place = place_of(manifest)
-            if place is not None and decide(self.bucket, place, "kept"):
+            # After days, what was left over is gone, and so is the word on it.
+            is_ours = place is not None and decide(self.bucket, place, "kept")
+            if is_ours and all(at_once(partial(self._is_there, manifest), manifest.files)):
                 return manifest
             manifest, is_again = moved(manifest), False
+
+    def _is_there(self, manifest: Manifest, entry: FileEntry) -> bool:
+        return self.bucket.num_bytes(file_name(manifest, entry)) == entry.num_bytes
 
     def _upload(
         self,

@@ -2,6 +2,7 @@
 
 import errno
 import shutil
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,8 @@ import pytest
 
 from tasks.errors import StoreError
 from tasks.machine import Machine
+from tasks.store import digest_json
+from tasks.store.bucket import Bucket
 from tasks.store.collect import _Sweep
 from tasks.store.fate import condemn, decide, sentence_of
 from tasks.store.pins import pin, recorded_run
@@ -170,3 +173,30 @@ def test_a_collector_that_slept_deletes_nothing_that_was_condemned_anew_meanwhil
     found = world["third"].rescue(old.kind, old.key)
     assert found
     assert world["third"].damage(found, digests=True) is None
+
+
+def test_a_machine_that_slept_for_days_in_its_upload_commits_what_is_there(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    world.run("xyz")
+    slow, identity = world["here"], build_word.identity(WordSpec(word="a", num_bytes=64), {})
+    staging = slow.staging("word", digest_json(identity))
+    for name in ("first", "second"):
+        (staging / name).write_text(name)
+    sent, slept, real = threading.Event(), [0.0], Bucket.upload
+
+    def upload(self: Bucket, source: Path, name: str, advance: Callable[[int], None]) -> None:
+        if source.name == "second" and not slept[0]:
+            assert sent.wait(10)
+            slept[0] = 4 * DAY
+            for days in (1.5, 2.5):  # the first is left over, and then so is the word on it
+                world.pass_by(days)
+                collected = world.collect(grace_seconds=0)
+                assert [gone.what for gone in collected.deleted if "leftovers" in gone.what] == ["leftovers of word"][: days < 2]
+        real(self, source, name, advance)
+        sent.set()
+
+    monkeypatch.setattr(Bucket, "upload", upload)
+    monkeypatch.setattr("tasks.store.publish.boot_seconds", lambda: slept[0])
+    word = slow.commit(identity, (), {}, {}, {})
+    assert slept[0]
+    assert world["third"].damage(word, digests=True) is None
+    world.check()
