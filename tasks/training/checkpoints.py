@@ -34,6 +34,16 @@ def part_name(rank: int) -> str:
     return f"rank-{rank}.safetensors"
 
 
+def is_cut_alike(written: dict[str, Any], now: dict[str, Any]) -> bool:
+    """Whether each rank holds the numbers that the rank of its number wrote, by a checkpoint's facts and a training's.
+
+    ZeRO-3 cuts every weight by the ranks' number alone; the order in which the others lay weights is DeepSpeed's, by its file.
+    """
+    if any(written[name] != now[name] for name in ("num_ranks", "zero_stage")):
+        return False
+    return now["zero_stage"] == 3 or (written.get("cut") is not None and written.get("cut") == now.get("cut"))
+
+
 def seal_checkpoint(folder: Path, facts: dict[str, Any], files: dict[str, Any]) -> None:
     """Write a checkpoint's manifest, which makes it exist. Call it once all ranks have saved.
 

@@ -4,12 +4,14 @@ Reads   deepspeed_configs/*.json, or the user's own
 """
 
 from importlib import resources
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import orjson
 
 from tasks.errors import SettingsError
+from tasks.store import digest_bytes
 
 DEFAULT_PRESET = "zero2"
 
@@ -50,6 +52,11 @@ def preset(name: str) -> Path:
 def zero_stage(config: dict[str, Any]) -> int:
     """How far the training state is spread over the ranks, 0 to 3."""
     return int(config.get("zero_optimization", {}).get("stage", 0))
+
+
+def cut_of(config: dict[str, Any]) -> str:
+    """What decides, beside their number, which of a model's numbers each rank holds: DeepSpeed's file and its release."""
+    return digest_bytes(orjson.dumps([config, version("deepspeed")], option=orjson.OPT_SORT_KEYS))
 
 
 def _check(config: dict[str, Any], source: Path) -> None:

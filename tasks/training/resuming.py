@@ -13,7 +13,16 @@ from typing import Any
 
 from tasks.machine import Progress
 from tasks.store import write_atomically
-from tasks.training.checkpoints import PARTS, check_facts, checkpoint_folders, newest_checkpoint, part_name, step_of, verified
+from tasks.training.checkpoints import (
+    PARTS,
+    check_facts,
+    checkpoint_folders,
+    is_cut_alike,
+    newest_checkpoint,
+    part_name,
+    step_of,
+    verified,
+)
 from tasks.training.metrics import read_metrics
 from tasks.training.remote import Kept, RemoteCheckpoints
 
@@ -23,10 +32,11 @@ log = logging.getLogger(__name__)
 def needed_files(manifest: dict[str, Any], facts: dict[str, Any], ranks: Sequence[int]) -> list[str]:
     """The files of a checkpoint that a node with these ranks reads, of a training with ``facts``.
 
-    Under ZeRO-3, with as many ranks as wrote it, each rank reads its own; else the cuts fall elsewhere, and any may be read.
+    With as many ranks as wrote it, under the same stage and file of DeepSpeed, each rank reads its own; else the cuts fall
+    elsewhere, and any may be read.
     """
-    files, written = list(manifest["files"]), manifest["facts"]
-    if written["num_ranks"] != facts["num_ranks"] or not written["zero_stage"] == facts["zero_stage"] == 3:
+    files = list(manifest["files"])
+    if not is_cut_alike(manifest["facts"], facts):
         return files
     own = {part_name(rank) for rank in ranks}
     return [name for name in files if not fnmatch(name, PARTS) or name in own]

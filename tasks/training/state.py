@@ -200,41 +200,49 @@ class SavedState:
             raise StoreError(f"{self.folder}: {part} of {name} is missing from {reached} to {end}; {self._remedy}")
 
 
-def restore(engine: Any, folder: Path, num_steps: float, *, is_partial: bool = False) -> None:
-    """Give the engine the training state in a checkpoint's files, after ``num_steps`` steps of AdamW.
+def restore(engine: Any, folder: Path, num_steps: float, *, is_own: bool = False) -> None:
+    """Give the engine the training state in a checkpoint's files, after ``num_steps`` steps of AdamW; on all ranks at once.
 
-    is_partial: only the files that this rank reads need be here.
+    is_own: each rank reads the file alone that a rank of its number wrote; the others need not be here.
     """
     saved, optimizer = SavedState(folder), engine.optimizer
-    weights = [(name, weight) for name, weight in engine.module.named_parameters() if weight.requires_grad]
-    if saved.has_all or not is_partial:
+    if saved.has_all or not is_own:
+        weights = [(name, weight) for name, weight in engine.module.named_parameters() if weight.requires_grad]
         saved.check({name: getattr(weight, "ds_numel", weight.numel()) for name, weight in weights})
     is_spread = hasattr(optimizer, "fp32_partitioned_groups_flat")
     if is_spread:
         optimizer.checkpoint_event_prologue()
     with torch.no_grad():
-        _restore_optimizer(engine, saved, num_steps)
+        _restore_optimizer(engine, saved, num_steps, is_own=is_own)
         if is_spread:
             _refresh_spread_weights(optimizer)
             optimizer.checkpoint_event_epilogue()
+        elif hasattr(optimizer, "update_lp_params"):  # stages 1 and 2: as after a step, each rank's are gathered by all
+            optimizer.update_lp_params()
         else:
-            for name, weight in weights:
-                whole = torch.empty(weight.numel(), dtype=torch.float32)
-                saved.read_into(whole, WEIGHT, name)
-                weight.copy_(whole.view_as(weight))
+            of_name = dict(engine.module.named_parameters())
+            for piece in pieces(engine):
+                weight = of_name[piece.name]
+                weight.copy_(piece.of(piece.held).view_as(weight))
 
 
-def _restore_optimizer(engine: Any, saved: SavedState, num_steps: float) -> None:
+def _restore_optimizer(engine: Any, saved: SavedState, num_steps: float, *, is_own: bool) -> None:
     optimizer = base_optimizer(engine.optimizer)
     is_fused = any(group.get("fused") or group.get("capturable") for group in optimizer.param_groups)
-    for piece in pieces(engine):
+    is_told = is_own and engine.zero_optimization_stage() == 0 and torch.distributed.get_world_size() > 1
+    for number, piece in enumerate(pieces(engine)):
         state = optimizer.state[piece.held]
         for moment in MOMENTS:
             if moment not in state:  # AdamW makes them at its first step
                 state[moment] = torch.zeros_like(piece.held, memory_format=torch.preserve_format)
-            saved.read_into(piece.of(state[moment]), moment, piece.name, piece.start)
         state["step"] = torch.tensor(num_steps, dtype=torch.float32, device=piece.held.device if is_fused else "cpu")
-        saved.read_into(piece.of(piece.held), WEIGHT, piece.name, piece.start)
+        writer = number % torch.distributed.get_world_size() if is_told else None  # as in ``snapshot``
+        for part, tensor in ((WEIGHT, piece.held), *((moment, state[moment]) for moment in MOMENTS)):
+            numbers = piece.of(tensor)
+            if writer in (None, torch.distributed.get_rank()):
+                saved.read_into(numbers, part, piece.name, piece.start)
+            if writer is not None:
+                torch.distributed.broadcast(numbers, writer)
 
 
 def _refresh_spread_weights(optimizer: Any) -> None:

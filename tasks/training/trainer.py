@@ -16,6 +16,7 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 
 from tasks.errors import SeqmillError, WorkerError
 from tasks.store import write_atomically
+from tasks.training.checkpoints import is_cut_alike, written_facts
 from tasks.training.datasets import training_loader, validation_batches
 from tasks.training.lines import sealed_line
 from tasks.training.loss import summed_loss
@@ -98,7 +99,8 @@ class SteppedTrainer(Trainer):
         if resume_from_checkpoint:
             folder = Path(resume_from_checkpoint)
             progress = orjson.loads((folder / PROGRESS).read_bytes())
-            restore(self.model_wrapped, folder, progress["num_steps"], is_partial=self.plan["is_spread"])
+            is_own = is_cut_alike(written_facts(folder), self.plan["facts"])
+            restore(self.model_wrapped, folder, progress["num_steps"], is_own=is_own)
             self.watch.known = progress.get("losses", [])  # of a checkpoint that tells them
             assert self.lr_scheduler
             groups = base_optimizer(self.model_wrapped.optimizer).param_groups

@@ -112,8 +112,9 @@ def test_a_node_killed_in_the_middle_is_done_without(train: Any, unbroken: Any, 
     assert training.left() == []
 
 
-def test_a_node_that_comes_back_fetches_its_own_ranks_files_alone(train: Any, unbroken: Any) -> None:
-    training = train(2, "zero3")
+@pytest.mark.parametrize("zero", ["zero0", "zero1", "zero2", "zero3"])
+def test_a_node_that_comes_back_fetches_its_own_ranks_files_alone(train: Any, unbroken: Any, zero: str) -> None:
+    training = train(2, zero)
     training.await_that(training.kept, "a checkpoint in the bucket")
     training.kill(1)
     training.await_that(lambda: "is gone; the others go on" in training.log(0), "the loss")
