@@ -71,9 +71,15 @@ class Arrivals:
                 for _ in pool.map(fetch, first_needed(self.plan, self.ranks)):
                     pass
             except SeqmillError as error:
-                if not self._ended.is_set():
-                    on_failure(error)
-                self._ended.set()
+                self._fail(on_failure, error)
+            except Exception as error:  # whatever it is: the ranks wait for the file
+                log.exception("%s", error)
+                self._fail(on_failure, StoreError(f"{self.store.root}: {type(error).__name__}: {error}; mend that and run again"))
+
+    def _fail(self, on_failure: Callable[[SeqmillError], None], error: SeqmillError) -> None:
+        if not self._ended.is_set():
+            self._ended.set()
+            on_failure(error)
 
 
 def first_needed(plan: dict[str, Any], ranks: Sequence[int]) -> Iterator[str]:

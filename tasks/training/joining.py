@@ -20,24 +20,23 @@ from typing import Any
 
 import orjson
 
-from tasks.errors import SeqmillError, SettingsError, StoppedError, WorkerError
+from tasks.errors import SeqmillError, StoppedError, WorkerError
 from tasks.machine import Nodes, TrainingSettings
 from tasks.store import ArtifactStore, SharedStore
 from tasks.training.arrivals import Arrivals
 from tasks.training.launch import agent_command, ranks_lines
 from tasks.training.lines import failure_line
 from tasks.training.nodes.crew import PROTOCOL
-from tasks.training.nodes.nodes import CHECKPOINTS, STORE, Launch, localized
+from tasks.training.nodes.nodes import CHECKPOINTS, STORE, Launch
 from tasks.training.nodes.secret import introduce
 from tasks.training.nodes.wire import Message, Wire
+from tasks.training.preparing import Preparing
 from tasks.training.run import WORKER
-from tasks.training.share import DamagedPartError, Share, own_folder
+from tasks.training.share import DamagedPartError, own_folder
 
 log = logging.getLogger(__name__)
 
 RETRY_SECONDS = 1.0
-# A file that was just made on another machine shows up late on a network's file system.
-SIGHT_SECONDS = 10.0
 
 
 def join(nodes: Nodes, store: ArtifactStore, settings: TrainingSettings, slots: int, *, stays: bool = False) -> None:
@@ -98,17 +97,6 @@ def _reach(nodes: Nodes, seconds: float | None) -> Wire:
         time.sleep(RETRY_SECONDS)
 
 
-def _await_sight(sign: Path) -> None:
-    deadline = time.monotonic() + SIGHT_SECONDS
-    while not sign.exists():
-        if time.monotonic() > deadline:
-            raise SettingsError(
-                f"{platform.node()}: {sign} is not there, which the node that leads has made; give all nodes the same folder, "
-                "as the store or as SEQMILL_CHECKPOINTS"
-            )
-        time.sleep(0.1)
-
-
 class Node:
     """This node, while the one that leads is there."""
 
@@ -122,26 +110,36 @@ class Node:
     ) -> None:
         """folder: where checkpoints of this node's ranks lie when they go into a bucket."""
         self.wire, self.store, self.settings, self.roots, self.folder = wire, store, settings, roots, folder
-        self.share: Share | None = None  # of the checkpoints, where they go into a bucket
+        self.preparing: Preparing | None = None  # of the newest party
         self.process: subprocess.Popen[bytes] | None = None
         self.is_going = False
 
     def serve(self) -> bool:
         """Do as the node that leads says; returns whether it has let this one go, or is gone."""
         try:
-            while (message := self.wire.receive()) is not None:
-                match message["say"]:
-                    case "run":
-                        self._run(message)
-                    case "keep":
-                        self._keep(message)
-                    case "stop":
-                        self.stop()
-                    case "leave":
-                        return True
-            return False
+            is_let_go = self._obey()
         finally:
-            self._end_share()
+            if self.preparing:  # else this process would not end before all that is being sent has been
+                self.preparing.drop()
+        if self.preparing and not self.is_going:
+            self.preparing.join()  # the next party's writes the same files
+        return is_let_go
+
+    def _obey(self) -> bool:
+        while (message := self.wire.receive()) is not None:
+            match message["say"]:
+                case "run":
+                    self._prepare(message)
+                case "go":
+                    self._start(message)
+                case "keep":
+                    self._keep(message)
+                case "stop":
+                    self._drop()
+                    self.stop()
+                case "leave":
+                    return True
+        return False
 
     def stop(self) -> None:
         """End this node's ranks at once: those on the other nodes are ending too."""
@@ -159,82 +157,81 @@ class Node:
         if self.process is None or self.process.poll() is not None:
             self.wire.close()
 
-    def _run(self, message: Message) -> None:
+    def _prepare(self, message: Message) -> None:
+        """Bring here what this node's ranks read; the node that leads hears when all of it is here."""
+        before, party = self.preparing, message["party"]
+        if before:
+            before.drop()
+        self.preparing = Preparing(
+            self.store,
+            self.roots,
+            self.folder,
+            message,
+            on_ready=lambda: self.wire.send({"say": "ready", "party": party}),
+            on_failure=lambda error: self._fail(party, error),
+            before=before,
+        )
+
+    def _drop(self) -> None:
+        """What is not started is not wanted any more; the node that leads waits to hear that it is over."""
+        preparing = self.preparing
+        if preparing and not preparing.is_started:
+            preparing.drop()
+            self.wire.send({"say": "ended", "party": preparing.party, "code": 1})
+
+    def _start(self, message: Message) -> None:
         """Start this node's ranks; what they say goes to the node that leads."""
-        party = message["party"]
-        try:
-            launch = Launch(**message["launch"])
-            plan, arrivals = self._plan(message, launch)
-        except DamagedPartError as error:
-            self.wire.send({"say": "damaged", "party": party, "why": str(error)})
-            self._fail(party, error)
-            return
-        except SeqmillError as error:
-            self._fail(party, error)
-            return
-        folder = tempfile.TemporaryDirectory(prefix="seqmill-")
+        party, preparing = message["party"], self.preparing
+        if not preparing or preparing.party != party or preparing.is_dropped:
+            return  # it was told to stop before
+        plan, arrivals, launch = preparing.plan, preparing.arrivals, Launch(**message["launch"])
+        assert plan is not None
+        assert arrivals is not None
+        preparing.is_started = True
+        folder = tempfile.TemporaryDirectory(prefix="seqmill-", ignore_cleanup_errors=True)
         try:
             plan_path = Path(folder.name) / "plan.json"
             plan_path.write_bytes(orjson.dumps(plan))
             command = agent_command(launch.command(WORKER, plan_path), self.settings, launch.environment())
-        except SeqmillError as error:
-            self._fail(party, error)
+            # By this thread, which lives as long as this process: ranks die with the thread that started them.
+            process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+        except OSError as error:
+            where = error.filename or folder.name
+            self._fail(party, WorkerError(f"{platform.node()}: {where}: {error.strerror or error}; mend that and run again"))
             folder.cleanup()
             return
         log.info("%s: %d of %d ranks", plan["label"], launch.ranks[launch.node], sum(launch.ranks))
-        # By this thread, which lives as long as this process: ranks die with the thread that started them.
-        process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
         self.process = process
+        threading.Thread(target=self._follow, args=(party, process, folder, arrivals), name="ranks", daemon=True).start()
+        arrivals.start(lambda error: self._give_up(party, process, error))
 
-        def follow() -> None:
+    def _follow(
+        self, party: int, process: "subprocess.Popen[bytes]", folder: "tempfile.TemporaryDirectory[str]", arrivals: Arrivals
+    ) -> None:
+        try:
             with folder, arrivals:
                 for line in ranks_lines(process, lambda: False):
                     self.wire.send({"say": "line", "party": party, "text": line})
-                code = process.wait()
-            self.wire.send({"say": "ended", "party": party, "code": code})
-            if self.is_going:
-                self._go()
-
-        threading.Thread(target=follow, name="ranks", daemon=True).start()
-        arrivals.start(lambda error: self._give_up(party, error))
-
-    def _plan(self, message: Message, launch: Launch) -> tuple[dict[str, Any], Arrivals]:
-        """The plan with this node's paths, and what brings its files here where the store is not a folder of this node."""
-        first = sum(launch.ranks[: launch.node])
-        ranks = range(first, first + launch.ranks[launch.node])
-        self._end_share()
-        told = {"plan": message["plan"], "seen": message.get("seen")}
-        if kept := message.get("kept"):
-            assert self.folder
-            self.share = Share(self.store, self.folder, kept)
-            plan = localized(told, {**self.roots, CHECKPOINTS: self.share.root})["plan"]
-            self.share.fetch(plan, ranks)
-        else:
-            read = localized(told, self.roots)
-            plan = read["plan"]
-            _await_sight(Path(read["seen"]))
-        arrivals = Arrivals(self.store, plan, ranks)
-        return {**plan, "is_arriving": arrivals.is_needed}, arrivals
+        finally:  # whatever it is: the node that leads waits for it
+            self.wire.send({"say": "ended", "party": party, "code": process.wait()})
+        if self.is_going:
+            self._leave()
 
     def _keep(self, message: Message) -> None:
         """Put this node's parts of a checkpoint into the bucket, beside the training."""
-        share, party, step = self.share, message["party"], message["step"]
+        share, party, ask = self.preparing and self.preparing.share, message["party"], message["ask"]
+        if share:
+            share.newest_ask = ask
 
         def keep() -> None:
-            why = share.send(step, message["files"]) if share else "no training is under way"
-            self.wire.send({"say": "kept", "party": party, "step": step, "why": why})
+            why = share.send(message["step"], message["files"], ask) if share else "no training is under way"
+            self.wire.send({"say": "kept", "party": party, "ask": ask, "why": why})
 
         threading.Thread(target=keep, name="keep", daemon=True).start()
 
-    def _end_share(self) -> None:
-        """Else this process would not end before all that is being sent has been."""
-        if self.share:
-            self.share.end()
-        self.share = None
-
-    def _go(self) -> None:
+    def _leave(self) -> None:
         """Leave, once this node's ranks have ended; where the last checkpoint goes into a bucket, when it is there."""
-        if self.share:  # the node that leads lets this one go
+        if self.preparing and self.preparing.share:  # the node that leads lets this one go
             timer = threading.Timer(self.settings.stop_seconds, self.wire.close)
             timer.daemon = True
             timer.start()
@@ -242,10 +239,13 @@ class Node:
             self.wire.close()
 
     def _fail(self, party: int, error: BaseException) -> None:
+        if isinstance(error, DamagedPartError):
+            self.wire.send({"say": "damaged", "party": party, "why": str(error)})
         self.wire.send({"say": "line", "party": party, "text": failure_line(-1, error)})
         self.wire.send({"say": "ended", "party": party, "code": 1})
 
-    def _give_up(self, party: int, error: BaseException) -> None:
+    def _give_up(self, party: int, process: "subprocess.Popen[bytes]", error: BaseException) -> None:
         """A file does not come: the ranks that wait for it are ended, and the node that leads hears why."""
         self.wire.send({"say": "line", "party": party, "text": failure_line(-1, error)})
-        self.stop()
+        if process.poll() is None:
+            process.kill()

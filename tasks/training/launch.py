@@ -62,27 +62,25 @@ def run_worker(
     party: the nodes whose ranks take part; NodeLostError where one of them is lost, or leaves. uploads: is told of every
     checkpoint that is whole, and given time for the last one where the ranks end before they have trained to their end.
     """
-    if party:
-        launch = party.start(plan_path)
-        command = agent_command(launch.command(module, plan_path), settings, launch.environment())
-    else:
-        command = agent_command(launcher_command(module, plan_path, num_ranks, settings), settings)
     listener = _Listener(label, on_metrics, uploads.add if uploads else lambda step: None)
-    log.debug("%s: starting %s", label, " ".join(command))
-    process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
     with stop_on_sigterm(stop_path) as asked:
         is_overdue = partial(_is_overdue, asked, settings.stop_seconds)
         try:
-            _hear_out(process, listener, is_overdue, stop_path, party)
-            if is_overdue() and process.poll() is None:
-                process.kill()  # it was asked; the ranks die with it: see tasks.machine.die_with_parent
-                raise WorkerError(
-                    f"{label}: told to stop, still running {settings.stop_seconds:g} s later; "
-                    "run again to go on from the last checkpoint"
-                )
-            code = process.wait()
+            if party:
+                _make_ready(party, plan_path, listener, asked)
+            process = _started(module, plan_path, num_ranks, settings, party)
+            try:
+                _hear_out(process, listener, is_overdue, stop_path, party)
+                if is_overdue() and process.poll() is None:
+                    process.kill()  # it was asked; the ranks die with it: see tasks.machine.die_with_parent
+                    raise WorkerError(
+                        f"{label}: told to stop, still running {settings.stop_seconds:g} s later; "
+                        "run again to go on from the last checkpoint"
+                    )
+                code = process.wait()
+            finally:
+                stop(process)
         finally:
-            stop(process)
             if party:
                 party.end()
         if uploads and (code or listener.stopped_step is not None or (party and party.code)):
@@ -95,6 +93,30 @@ def run_worker(
         raise StoppedError(f"{label}: stopped after step {listener.stopped_step}, whose checkpoint is kept; run again to go on")
     if code != 0:
         raise listener.error(code)
+
+
+def _make_ready(party: Party, plan_path: Path, listener: "_Listener", asked: list[float]) -> None:
+    """Wait until all nodes have what their ranks read. Raises as ``run_worker`` where one has not, or this one is to stop."""
+    if party.make_ready(plan_path, listener.hear, lambda: bool(asked)):
+        return
+    party.end()
+    party.judge(listener.label, None, is_asked=bool(asked))
+    if asked:
+        raise StoppedError(f"{listener.label}: stopped before its first step; run again to go on")
+    raise listener.error(party.code)
+
+
+def _started(
+    module: str, plan_path: Path, num_ranks: int, settings: TrainingSettings, party: Party | None
+) -> "subprocess.Popen[bytes]":
+    """The launcher of this node's ranks."""
+    if party:
+        launch = party.go()
+        command = agent_command(launch.command(module, plan_path), settings, launch.environment())
+    else:
+        command = agent_command(launcher_command(module, plan_path, num_ranks, settings), settings)
+    log.debug("starting %s", " ".join(command))
+    return subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
 
 
 def _hear_out(

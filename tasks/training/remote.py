@@ -27,6 +27,7 @@ log = logging.getLogger(__name__)
 
 FOLDER, KEPT, SIGN = ".checkpoints", "kept.json", "sign"
 METRICS = "metrics.jsonl"
+FETCHED = ".fetched"  # ends the name of a file that is on its way here
 # Parts that are sent or fetched at once; each is cut into four ranges that are under way at once.
 NUM_PARTS = 4
 NUM_REQUESTS = 16
@@ -124,8 +125,11 @@ class RemoteCheckpoints:
 
         _at_once(NUM_PARTS, send, [name for name in files if (folder / name).is_file()])
 
-    def keep(self, manifest: dict[str, Any], metrics: bytes) -> None:
-        """Make a checkpoint exist whose parts have been put, and let the oldest go. Raises StoreError unless all are there."""
+    def keep(self, manifest: dict[str, Any], metrics: bytes, go_on: Callable[[], None] = lambda: None) -> None:
+        """Make a checkpoint exist whose parts have been put, and let the oldest go. Raises StoreError unless all are there.
+
+        What ``go_on`` raises, asked before it exists, keeps it from that.
+        """
         step = manifest["facts"]["step"]
         new = Kept(manifest, {"num_bytes": len(metrics), "digest": digest_bytes(metrics)})
         self.bucket.put(self._place(step, METRICS, new.metrics["digest"]), metrics)
@@ -133,6 +137,7 @@ class RemoteCheckpoints:
         before = self._current()
         kept = [new, *(one for one in before if one.step != step)]
         kept = sorted(kept, key=lambda one: one.step, reverse=True)[:NUM_KEPT]
+        go_on()
         self._write(kept)
         self._delete_but(kept, {name for one in before for name in one.objects()})
 
@@ -199,8 +204,18 @@ class RemoteCheckpoints:
     def fetch(self, kept: Kept, names: Sequence[str], folder: Path, advance: Advance) -> str | None:
         """Bring files of a checkpoint here, but for those that are, then its manifest.
 
-        Returns what is wrong with one of them in the bucket. Raises StoreError where the bucket does not answer.
+        Returns what is wrong with one of them in the bucket. Raises StoreError where the bucket does not answer, or where this
+        disk cannot be written; what ``advance`` raises breaks it off.
         """
+        try:
+            return self._fetch(kept, names, folder, advance)
+        except OSError as error:
+            raise StoreError(
+                f"{error.filename or folder}: {error.strerror or error}; make room there, or name another cache in "
+                "SEQMILL_CACHE, and run again to go on"
+            ) from error
+
+    def _fetch(self, kept: Kept, names: Sequence[str], folder: Path, advance: Advance) -> str | None:
         folder.mkdir(parents=True, exist_ok=True)
         manifest = folder / MANIFEST_NAME
         spelled = orjson.dumps(kept.manifest)
@@ -217,12 +232,14 @@ class RemoteCheckpoints:
 
         problem = next(filter(None, _at_once(NUM_PARTS, bring, names)), None)
         if problem is None:
+            for left in folder.glob(f".*{FETCHED}*"):  # of what other ranks would have read, before it was cut off
+                left.unlink()
             write_atomically(manifest, spelled)
             fsync_path(folder)
         return problem
 
     def _bring(self, kept: Kept, name: str, folder: Path, advance: Advance) -> str | None:
-        entry, partial = kept.files[name], folder / f".{name}.fetched"
+        entry, partial = kept.files[name], folder / f".{name}{FETCHED}"
         found = self.bucket.download(self._place(kept.step, name, entry["digest"]), partial, entry["num_bytes"], advance)
         ranges = partial.with_name(f"{partial.name}.ranges")
         if found == entry["digest"]:

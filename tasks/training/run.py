@@ -20,7 +20,7 @@ from tasks.machine import TrainingSettings
 from tasks.store import Artifact, Built, Work
 from tasks.training.checkpoints import clear_torn, newest_sealed, step_of, written_facts
 from tasks.training.choice import Choice, choose
-from tasks.training.deepspeed import zero_stage
+from tasks.training.deepspeed import cut_of, zero_stage
 from tasks.training.launch import run_worker
 from tasks.training.memory import Load
 from tasks.training.metrics import MetricsFile, final_loss, follow, median_of, read_metrics
@@ -35,6 +35,7 @@ from tasks.training.remote import remote_of
 from tasks.training.resuming import newest_anywhere, take_up_metrics
 from tasks.training.together import checkpoint_root, forget_checkpoints, on_nodes
 from tasks.training.uploading import uploading
+from tasks.training.uploads import await_earlier
 
 log = logging.getLogger(__name__)
 
@@ -100,6 +101,8 @@ def train(work: Work, spec: OptimizationSpec, kind: str, rows: Rows, start: Star
 
 
 def _train(work: Work, spec: OptimizationSpec, kind: str, rows: Rows, start: Start, *, party: Party | None) -> Outcome:
+    if remote := remote_of(work):
+        await_earlier(remote)
     plan = make_plan(work, spec, kind, rows, start, party=party)
     checkpoint = Path(plan.resume_from) if plan.resume_from else None
     step = step_of(checkpoint) if checkpoint else 0
@@ -116,7 +119,7 @@ def _train(work: Work, spec: OptimizationSpec, kind: str, rows: Rows, start: Sta
         work.machine.progress(kind, plan.num_steps, "steps") as advance,
         watched(settings.monitors, _watched_run(work, kind, step)) as hear,
         told_where(plan, rows),
-        uploading(remote_of(work), plan, metrics, party) as uploads,
+        uploading(remote, plan, metrics, party) as uploads,
     ):
         heard = follow(metrics, kind, plan.num_steps, advance, [hear, *_listeners(work, kind, plan.num_steps)])
         run_worker(
@@ -162,7 +165,8 @@ def make_plan(
         log.warning("%s: no validation row, so no validation loss; raise validation_fraction to have one", kind)
     choice = choice_of(spec, kind, rows.block_size, start, settings)
     deepspeed, batch = choice.deepspeed, choice.batch
-    facts = {"data": rows.content, "spec": spec.identity(), "num_ranks": batch.num_ranks, "zero_stage": zero_stage(deepspeed)}
+    cut = {"num_ranks": batch.num_ranks, "zero_stage": zero_stage(deepspeed), "cut": cut_of(deepspeed)}
+    facts = {"data": rows.content, "spec": spec.identity(), **cut}
     checkpoints, remote = checkpoint_root(work), remote_of(work)
     own_ranks = range(party.ranks[0] if party else batch.num_ranks)
     resume = newest_anywhere(checkpoints, remote, facts, own_ranks, work.machine.progress)

@@ -12,6 +12,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Protocol
 
@@ -25,6 +26,21 @@ LINKS = ".upload-"
 END_SECONDS = 5.0  # for a request that is under way, when nothing more is to be sent
 
 
+# By the place in a bucket that each puts checkpoints into.
+_under_way: dict[str, threading.Thread] = {}
+
+
+def await_earlier(remote: RemoteCheckpoints) -> None:
+    """Wait for what an earlier try of this process is putting still: put later, it would stand for another run's.
+
+    It ends with the request that is under way, for which the bucket itself is not waited for any longer than ever.
+    """
+    thread = _under_way.pop(remote.address, None)
+    if thread and thread.is_alive():
+        log.info("%s: waiting for the bucket to answer to what was put before", remote.address)
+        thread.join()
+
+
 class Others(Protocol):
     """The other nodes of a training."""
 
@@ -34,8 +50,8 @@ class Others(Protocol):
     def has_lost(self) -> bool:
         """Whether one is gone, without whose files no checkpoint of theirs can be whole."""
 
-    def await_kept(self, step: int, is_ended: Callable[[], bool]) -> str | None:
-        """Wait until each has; what kept one from it, None where nothing did."""
+    def await_kept(self, is_ended: Callable[[], bool]) -> str | None:
+        """Wait until each has done what was asked last; what kept one from it, None where nothing did."""
 
 
 class Uploads:
@@ -52,7 +68,8 @@ class Uploads:
         self._is_busy = self._is_ended = False
         self._changed = threading.Condition()
         remove_links(root)
-        threading.Thread(target=self._run, name="uploads", daemon=True).start()
+        thread = _under_way[remote.address] = threading.Thread(target=self._run, name="uploads", daemon=True)
+        thread.start()
 
     def add(self, step: int) -> None:
         """A checkpoint is whole here. One that still waits is passed over for it."""
@@ -119,14 +136,16 @@ class Uploads:
         if self.others:
             self.others.ask_to_keep(step, files)
         send(self.remote, self.root, step, files, lambda: self._is_ended or bool(self.others and self.others.has_lost()))
-        if self.others and (problem := self.others.await_kept(step, lambda: self._is_ended)):
+        if self.others and (problem := self.others.await_kept(lambda: self._is_ended)):
             raise WorkerError(problem)
-        if self._is_ended:  # who trains next keeps its own
-            return
-        self.remote.keep(manifest, self.metrics(step))
+        self.remote.keep(manifest, self.metrics(step), partial(self._go_on, step))
         self.kept_step, self._tried = step, set()
         size = sum(entry["num_bytes"] for entry in files.values())
         log.info("checkpoint-%d: in the bucket after %.1f s, %.1f MB", step, time.monotonic() - started, size / 1e6)
+
+    def _go_on(self, step: int) -> None:
+        if self._is_ended:  # who trains next keeps its own
+            raise EndedError(f"checkpoint-{step}: broken off")
 
     def _fallback(self) -> str:
         return f"; checkpoint-{self.kept_step} is the newest there" if self.kept_step else "; none is there yet"

@@ -1,6 +1,7 @@
 """The node that leads, with nodes that are sockets and ranks that are echoes: nothing here trains."""
 
 import json
+import platform
 import socket
 import subprocess
 import sys
@@ -9,20 +10,23 @@ import time
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from tasks.errors import SettingsError, WorkerError
+from tasks.errors import SettingsError, StoppedError, StoreError, WorkerError
 from tasks.machine import Nodes, TrainingSettings
 from tasks.store import ArtifactStore
-from tasks.training import joining
+from tasks.training import share
 from tasks.training.agent import free_port
 from tasks.training.joining import Node, join
-from tasks.training.launch import ranks_lines
+from tasks.training.launch import ranks_lines, run_worker
+from tasks.training.lines import failure_line
 from tasks.training.nodes.crew import PROTOCOL, Crew, crew_of, leading
 from tasks.training.nodes.party import DamagedError, NodeLostError, Party
 from tasks.training.nodes.secret import introduce
 from tasks.training.nodes.wire import Message, Wire
+from tasks.training.preparing import Preparing
 
 HELLO = {"say": "hello", "protocol": PROTOCOL, "name": "other", "slots": 2}
 ECHO = "print('of rank 0')"
@@ -50,12 +54,19 @@ def reach(crew: Crew, hello: Message = HELLO) -> Wire:
 
 
 def party_of(crew: Crew, tmp_path: Path) -> tuple[Party, Path]:
-    """With its plan, whose ranks are told to start."""
-    party = Party(crew, crew.muster("pretrained", 2, 8), {"store": tmp_path}, "torchrun")
+    """With its plan, whose nodes are said to be ready, and whose ranks are told to start."""
+    party, plan = party_and_plan(crew, tmp_path)
+    for member in party.members:
+        crew.events.put((member, {"say": "ready", "party": party.number}))
+    assert party.make_ready(plan, pytest.fail, lambda: False)
+    party.go()
+    return party, tmp_path / "stop"
+
+
+def party_and_plan(crew: Crew, tmp_path: Path) -> tuple[Party, Path]:
     plan = tmp_path / "plan.json"
     plan.write_text(json.dumps({"label": "pretrained", "checkpoint_dir": str(tmp_path / "checkpoints")}))
-    party.start(plan)
-    return party, tmp_path / "stop"
+    return Party(crew, crew.muster("pretrained", 2, 8), {"store": tmp_path}, "torchrun"), plan
 
 
 def heard(party: Party, code: str, stop_path: Path) -> tuple[list[str], int]:
@@ -67,14 +78,143 @@ def heard(party: Party, code: str, stop_path: Path) -> tuple[list[str], int]:
         return lines, process.wait()
 
 
+def test_no_rank_is_started_before_every_node_has_what_its_ranks_read(crew: Crew, tmp_path: Path) -> None:
+    other = reach(crew)
+    party, plan = party_and_plan(crew, tmp_path)
+    readiness: list[bool] = []
+    thread = threading.Thread(target=lambda: readiness.append(party.make_ready(plan, pytest.fail, lambda: False)))
+    thread.start()
+    assert (other.receive() or {})["say"] == "run"
+    other.send({"say": "ready", "party": party.number - 1})  # of an earlier party
+    thread.join(0.3)
+    assert readiness == []
+    other.send({"say": "ready", "party": party.number})
+    thread.join()
+    assert readiness == [True]
+    party.go()
+    assert (other.receive() or {})["say"] == "go"
+
+
+def test_a_node_that_cannot_get_what_its_ranks_read_says_why_and_no_rank_is_started(crew: Crew, tmp_path: Path) -> None:
+    other = reach(crew)
+    party, plan = party_and_plan(crew, tmp_path)
+    other.send({"say": "line", "party": party.number, "text": "no space left"})
+    other.send({"say": "ended", "party": party.number, "code": 1})
+    heard: list[str] = []
+    assert not party.make_ready(plan, heard.append, lambda: False)
+    party.end()
+    party.judge("pretrained", None, is_asked=False)  # no node is lost
+    assert (heard, party.code) == (["no space left"], 1)
+
+
+def test_a_run_ends_with_what_kept_a_node_from_being_ready(crew: Crew, tmp_path: Path) -> None:
+    other = reach(crew)
+    party, plan = party_and_plan(crew, tmp_path)
+    failure = failure_line(-1, StoreError("other: /cache: no space left; make room there"))
+    other.send({"say": "line", "party": party.number, "text": failure})
+    other.send({"say": "ended", "party": party.number, "code": 1})
+    with pytest.raises(StoreError, match=r"^other: /cache: no space left; make room there$"):
+        run_worker("none", plan, num_ranks=4, settings=TrainingSettings(), stop_path=tmp_path / "stop", party=party)
+    assert (other.receive() or {})["say"] == "run"
+
+
+@pytest.mark.parametrize("is_asked", [False, True])
+def test_a_node_that_is_gone_before_it_is_ready_is_lost_and_who_is_to_stop_does_not_begin_anew(
+    crew: Crew, tmp_path: Path, is_asked: bool
+) -> None:
+    other = reach(crew)
+    party, plan = party_and_plan(crew, tmp_path)
+    other.close()
+    assert not party.make_ready(plan, pytest.fail, lambda: False)
+    party.end()
+    said = r"^pretrained: node other \(127\.0\.0\.1\) is gone" + (
+        ", and this node was told to end; run again" if is_asked else "$"
+    )
+    with pytest.raises(StoppedError if is_asked else NodeLostError, match=said):
+        party.judge("pretrained", None, is_asked=is_asked)
+
+
+def test_who_is_told_to_end_while_a_node_prepares_waits_no_longer(crew: Crew, tmp_path: Path) -> None:
+    other = reach(crew)
+    party, plan = party_and_plan(crew, tmp_path)
+    assert not party.make_ready(plan, pytest.fail, lambda: True)
+    node = threading.Thread(target=obey, args=(other, party))
+    node.start()
+    party.end()
+    node.join()
+    party.judge("pretrained", None, is_asked=True)
+    assert not party.lost
+
+
+def obey(node: Wire, party: Party) -> None:
+    """As a node does that is told to stop."""
+    while (message := node.receive()) and message["say"] != "stop":
+        pass
+    node.send({"say": "ended", "party": party.number, "code": 1})
+
+
+def test_a_node_that_is_told_to_stop_while_it_prepares_says_so_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    leader, node = (Wire(end) for end in connected())
+    begun, goes_on = threading.Event(), threading.Event()
+
+    def prepare_slowly(self: Preparing) -> Any:
+        begun.set()
+        assert goes_on.wait(20)
+        return {}, None
+
+    monkeypatch.setattr(Preparing, "_bring", prepare_slowly)
+    served = Node(node, ArtifactStore(tmp_path), TrainingSettings(), {"store": tmp_path})
+    thread = threading.Thread(target=served.serve)
+    thread.start()
+    leader.send({"say": "run", "party": 4, "node": 1, "ranks": [1, 1], "plan": {}})
+    assert begun.wait(20)
+    leader.send({"say": "stop"})
+    assert leader.receive(20) == {"say": "ended", "party": 4, "code": 1}
+    leader.send({"say": "go", "party": 4, "launch": {}})  # too late: nothing is started
+    leader.send({"say": "run", "party": 5, "node": 1, "ranks": [1, 1], "plan": {}})
+    goes_on.set()
+    assert leader.receive(20) == {"say": "ready", "party": 5}
+    leader.send({"say": "leave"})
+    thread.join()
+    assert served.process is None
+
+
+def test_a_node_says_what_nobody_foresaw_while_it_prepared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    leader, node = (Wire(end) for end in connected())
+
+    def fail(self: Preparing) -> Any:
+        raise OSError(28, "No space left on device", "/cache/x")
+
+    monkeypatch.setattr(Preparing, "_bring", fail)
+    served = Node(node, ArtifactStore(tmp_path), TrainingSettings(), {"store": tmp_path})
+    thread = threading.Thread(target=served.serve)
+    thread.start()
+    leader.send({"say": "run", "party": 4, "node": 1, "ranks": [1, 1], "plan": {}})
+    line, end = leader.receive(20), leader.receive(20)
+    leader.close()
+    thread.join()
+    assert f"{platform.node()}: /cache/x: No space left on device; mend that and run again" in (line or {})["text"]
+    assert end == {"say": "ended", "party": 4, "code": 1}
+
+
+def test_a_peer_that_takes_nothing_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As one whose process stands still: its kernel goes on answering."""
+    monkeypatch.setattr("tasks.training.nodes.wire.SILENT_SECONDS", 1)
+    one, _other = connected()
+    wire = Wire(one)
+    wire.send({"say": "run", "plan": "x" * (64 << 20)})
+    assert wire.receive() is None
+
+
 def test_a_party_is_of_the_nodes_that_are_there_and_hears_all_of_them(crew: Crew, tmp_path: Path) -> None:
     with_crew = reach(crew)
     party, stop_path = party_of(crew, tmp_path)
     assert party.ranks == [2, 2]
-    told = with_crew.receive()
+    told, go = with_crew.receive(), with_crew.receive()
     assert told
-    assert told["plan"]["checkpoint_dir"] == "store:checkpoints"
-    assert (told["launch"]["node"], told["launch"]["ranks"], told["launch"]["host"]) == (1, [2, 2], "127.0.0.1")
+    assert go
+    assert (told["plan"]["checkpoint_dir"], told["node"], told["ranks"]) == ("store:checkpoints", 1, [2, 2])
+    assert (go["say"], go["launch"]["node"], go["launch"]["ranks"], go["launch"]["host"]) == ("go", 1, [2, 2], "127.0.0.1")
     for message in ({"say": "line", "text": "of rank 2"}, {"say": "ended", "code": 0}):
         with_crew.send({"party": party.number, **message})
     lines, code = heard(party, ECHO, stop_path)
@@ -105,12 +245,7 @@ def test_ranks_that_fail_here_are_ended_elsewhere(crew: Crew, tmp_path: Path) ->
     other = reach(crew)
     party, stop_path = party_of(crew, tmp_path)
 
-    def obey() -> None:
-        while (message := other.receive()) and message["say"] != "stop":
-            pass
-        other.send({"say": "ended", "party": party.number, "code": -9})
-
-    node = threading.Thread(target=obey)
+    node = threading.Thread(target=obey, args=(other, party))
     node.start()
     assert heard(party, "raise SystemExit(3)", stop_path)[1] == 3
     node.join()
@@ -135,15 +270,31 @@ def test_a_checkpoint_is_waited_for_until_every_node_has_put_its_part(crew: Crew
     party, _ = party_of(crew, tmp_path)
     files = {"rank-2.safetensors": {"num_bytes": 1, "digest": "0" * 64}}
     party.ask_to_keep(5, files)
-    assert other.receive()
-    assert other.receive() == {"say": "keep", "party": party.number, "step": 5, "files": files}
-    other.send({"say": "kept", "party": party.number, "step": 4, "why": "of an earlier one"})
-    other.send({"say": "kept", "party": party.number, "step": 5, "why": None})
-    assert party.await_kept(5, lambda: False) is None
-    other.send({"say": "kept", "party": party.number, "step": 6, "why": "no space left"})
-    assert party.await_kept(6, lambda: False) == "node other (127.0.0.1): no space left"
+    assert [(other.receive() or {})["say"] for _ in range(2)] == ["run", "go"]
+    assert other.receive() == {"say": "keep", "party": party.number, "ask": 1, "step": 5, "files": files}
+    other.send({"say": "kept", "party": party.number - 1, "ask": 1, "why": "of an earlier one"})
+    other.send({"say": "kept", "party": party.number, "ask": 1, "why": None})
+    assert party.await_kept(lambda: False) is None
+    party.ask_to_keep(6, files)
+    other.send({"say": "kept", "party": party.number, "ask": 2, "why": "no space left"})
+    assert party.await_kept(lambda: False) == "node other (127.0.0.1): no space left"
     other.close()
-    assert party.await_kept(7, lambda: False) == "node other (127.0.0.1) is gone"
+    party.ask_to_keep(7, files)
+    assert party.await_kept(lambda: False) == "node other (127.0.0.1) is gone"
+
+
+@pytest.mark.parametrize("why", [None, "no space left"])
+def test_what_a_node_answers_to_a_first_asking_is_not_heard_of_a_second_for_the_same_checkpoint(
+    crew: Crew, tmp_path: Path, why: str | None
+) -> None:
+    other = reach(crew)
+    party, _ = party_of(crew, tmp_path)
+    for _ in range(2):
+        party.ask_to_keep(5, {})
+    for number, answer in ((1, why), (2, "of the second")):
+        other.send({"say": "kept", "party": party.number, "ask": number, "why": answer})
+    assert party.await_kept(lambda: False) == "node other (127.0.0.1): of the second"
+    other.close()
 
 
 def test_a_checkpoint_that_is_not_wanted_any_more_is_not_waited_for(
@@ -152,7 +303,7 @@ def test_a_checkpoint_that_is_not_wanted_any_more_is_not_waited_for(
     monkeypatch.setattr("tasks.training.nodes.party.ANSWER_SECONDS", 0.01)
     other = reach(crew)
     party, _ = party_of(crew, tmp_path)
-    assert party.await_kept(5, lambda: True) == "broken off"
+    assert party.await_kept(lambda: True) == "broken off"
     other.close()
 
 
@@ -175,10 +326,41 @@ def test_what_is_said_of_an_earlier_party_is_not_heard(crew: Crew, tmp_path: Pat
     assert heard(party, ECHO, stop_path) == (["of rank 0"], 0)
 
 
+def test_a_node_that_is_about_to_leave_is_not_counted_among_the_least() -> None:
+    crew = Crew(nodes_at(free_port(), wait_seconds=0.5))
+    going = reach(crew)
+    going.send({"say": "going"})
+    while not (crew.members and crew.members[0].is_going):
+        time.sleep(0.01)
+    with pytest.raises(WorkerError, match="1 nodes of at least 2 are at"):
+        crew.muster("pretrained", 1, 8)
+    going.close()
+    crew.close()
+
+
 def test_too_few_nodes_are_waited_for_and_then_it_is_said_what_to_do() -> None:
     crew = Crew(nodes_at(free_port(), least=3, wait_seconds=0))
     with pytest.raises(WorkerError, match=r"1 nodes of at least 3 are at 127\.0\.0\.1:\d+ after 0 s; start seqmill join"):
         crew.muster("pretrained", 1, 8)
+    crew.close()
+
+
+def test_a_connection_that_fails_before_it_is_taken_keeps_no_other_node_away(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Linux tells of it by accept(2), as it tells of too many open files."""
+    accept, failures = socket.socket.accept, [ConnectionAbortedError(), OSError(24, "Too many open files")]
+
+    def fail_twice(self: socket.socket) -> Any:
+        if failures:
+            raise failures.pop()
+        return accept(self)
+
+    monkeypatch.setattr(socket.socket, "accept", fail_twice)
+    monkeypatch.setattr("tasks.training.nodes.crew.ACCEPT_SECONDS", 0.01)
+    crew = Crew(nodes_at(free_port()))
+    other = reach(crew)
+    crew.muster("pretrained", 1, 8)
+    assert [member.name for member in crew.members] == ["other"]
+    other.close()
     crew.close()
 
 
@@ -219,14 +401,15 @@ def test_a_node_that_finds_none_to_join_says_where_it_looked(tmp_path: Path) -> 
 
 
 def test_a_folder_that_is_not_the_same_on_all_nodes_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(joining, "SIGHT_SECONDS", 0.0)
+    monkeypatch.setattr(share, "SIGHT_SECONDS", 0.0)
     leader, node = (Wire(end) for end in connected())
     served = Node(node, ArtifactStore(tmp_path), TrainingSettings(), {"store": tmp_path})
-    launch = {"node": 1, "ranks": [1, 1], "host": "127.0.0.1", "port": 1, "launcher": "torchrun"}
-    leader.send({"say": "run", "party": 4, "launch": launch, "plan": {}, "seen": "store:checkpoints/.seen-1"})
-    leader.send({"say": "leave"})
-    assert served.serve()
+    leader.send({"say": "run", "party": 4, "node": 1, "ranks": [1, 1], "plan": {}, "seen": "store:checkpoints/.seen-1"})
+    node_thread = threading.Thread(target=served.serve)
+    node_thread.start()
     failure, end = leader.receive(), leader.receive()
+    leader.send({"say": "leave"})
+    node_thread.join()
     assert failure
     assert f"{tmp_path}/checkpoints/.seen-1 is not there" in failure["text"]
     assert end == {"say": "ended", "party": 4, "code": 1}

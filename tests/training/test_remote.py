@@ -180,14 +180,22 @@ def test_a_place_that_is_no_artifacts_is_refused(remote: RemoteCheckpoints, kind
     assert remote_at(remote.store, "pretrained", KEY).folder == remote.folder
 
 
-def test_under_zero_3_with_as_many_ranks_a_node_needs_its_own_ranks_files() -> None:
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_of_as_many_ranks_under_the_same_stage_a_node_needs_its_own_ranks_files(stage: int) -> None:
     files = {name: {} for name in (*(f"rank-{rank}.safetensors" for rank in range(4)), "progress.json")}
-    manifest = {"files": files, "facts": {"num_ranks": 4, "zero_stage": 3}}
-    assert needed_files(manifest, {"num_ranks": 4, "zero_stage": 3}, range(2, 4)) == [
-        "rank-2.safetensors", "rank-3.safetensors", "progress.json",
-    ]  # fmt: skip
-    for facts in ({"num_ranks": 2, "zero_stage": 3}, {"num_ranks": 4, "zero_stage": 2}):
-        assert needed_files(manifest, facts, range(2)) == list(files)
+    facts = {"num_ranks": 4, "zero_stage": stage, "cut": "c"}
+    own = ["rank-2.safetensors", "rank-3.safetensors", "progress.json"]
+    assert needed_files({"files": files, "facts": facts}, facts, range(2, 4)) == own
+    for other in ({**facts, "num_ranks": 2}, {**facts, "zero_stage": 3 - stage}):
+        assert needed_files({"files": files, "facts": facts}, other, range(2)) == list(files)
+
+
+@pytest.mark.parametrize(("stage", "num_needed"), [(0, 5), (1, 5), (2, 5), (3, 3)])
+def test_another_file_of_deepspeeds_may_lay_weights_in_another_order_below_zero_3(stage: int, num_needed: int) -> None:
+    files = {name: {} for name in (*(f"rank-{rank}.safetensors" for rank in range(4)), "progress.json")}
+    facts = {"num_ranks": 4, "zero_stage": stage}
+    for written in ({"cut": "other"}, {}):  # {}: of a release that did not tell it
+        assert len(needed_files({"files": files, "facts": facts | written}, {**facts, "cut": "c"}, range(2))) == num_needed
 
 
 def find(root: Path, remote: RemoteCheckpoints, ranks: range = range(2)) -> Path | None:
@@ -207,6 +215,19 @@ def test_a_node_of_several_fetches_what_its_ranks_read(remote: RemoteCheckpoints
     kept(remote, saved(tmp_path / "there", 1))
     assert find(tmp_path / "here", remote, range(1, 2)) == tmp_path / "here" / "checkpoint-1"
     assert sorted(path.name for path in (tmp_path / "here" / "checkpoint-1").glob("rank-*")) == ["rank-1.safetensors"]
+
+
+def test_of_a_fetch_that_was_cut_off_nothing_is_left_once_the_checkpoint_is_here(
+    remote: RemoteCheckpoints, tmp_path: Path
+) -> None:
+    """Such as a part that other ranks would have read, who began it."""
+    kept(remote, saved(tmp_path / "there", 1))
+    folder = tmp_path / "here" / "checkpoint-1"
+    folder.mkdir(parents=True)
+    for name in (".rank-0.safetensors.fetched", ".rank-0.safetensors.fetched.ranges"):
+        (folder / name).touch()
+    assert find(tmp_path / "here", remote, range(1, 2)) == folder
+    assert sorted(path.name for path in folder.iterdir()) == ["manifest.json", "progress.json", "rank-1.safetensors"]
 
 
 def test_a_newer_one_on_this_disk_comes_before_the_buckets(remote: RemoteCheckpoints, tmp_path: Path) -> None:

@@ -1,21 +1,23 @@
 """Checkpoints on their way into a bucket, beside a training that is made up."""
 
 import logging
+import platform
 import queue
 import shutil
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from tasks.errors import SettingsError, StoreError
 from tasks.store import ArtifactStore, SharedStore
 from tasks.training.checkpoints import read_manifest
-from tasks.training.remote import Files, RemoteCheckpoints
+from tasks.training.remote import Files, Kept, RemoteCheckpoints
 from tasks.training.share import Share, own_folder
-from tasks.training.uploads import LINKS, Uploads, linked
-from tests.training.test_remote import KEY, PARTS, objects, saved, steps
+from tasks.training.uploads import LINKS, Uploads, await_earlier, linked
+from tests.training.test_remote import FACTS, KEY, PARTS, objects, saved, steps
 
 WAIT_SECONDS = 20.0
 
@@ -51,7 +53,7 @@ class Others:
     def has_lost(self) -> bool:
         return self.is_lost
 
-    def await_kept(self, step: int, is_ended: Callable[[], bool]) -> str | None:
+    def await_kept(self, is_ended: Callable[[], bool]) -> str | None:
         return self.problem
 
 
@@ -224,10 +226,10 @@ def test_a_node_puts_its_own_part_and_fetches_what_it_needs(line: Line, tmp_path
     share = Share(line.store, tmp_path / "node", {"kind": "pretrained", "key": KEY, "sign": "here", "resume": None})
     for name in PARTS[1:]:
         (folder / name).unlink()
-    assert share.send(1, manifest["files"]) is None
+    assert share.send(1, manifest["files"], 0) is None
     found = [one.name.split("/")[-1] for one in line.bucket.objects(f"{line.folder}/checkpoint-1")]
     assert found == ["rank-0.safetensors"]
-    assert "is no part of a checkpoint" in str(share.send(1, {"../x": manifest["files"]["progress.json"]}))
+    assert "is no part of a checkpoint" in str(share.send(1, {"../x": manifest["files"]["progress.json"]}, 0))
 
 
 def test_a_checkpoint_asked_for_twice_is_sent_twice_at_once(line: Line, tmp_path: Path) -> None:
@@ -240,14 +242,39 @@ def test_a_checkpoint_asked_for_twice_is_sent_twice_at_once(line: Line, tmp_path
     assert list(tmp_path.glob(f"{LINKS}*")) == []
 
 
+def test_a_disk_that_is_full_is_told_of_with_its_node_and_what_to_do(line: Line, tmp_path: Path) -> None:
+    line.fates.put("pass")
+    line.sign("here")
+    there, own = saved(tmp_path / "there", 1), tmp_path / "node" / "pretrained" / KEY / "checkpoint-1"
+    line.put(there, 1, read_manifest(there)["files"], lambda amount: None)
+    line.keep(read_manifest(there), b"")
+    own.mkdir(parents=True)
+    (own / f".{PARTS[0]}.fetched").symlink_to("/dev/full")  # takes nothing: ENOSPC
+    place = {"kind": "pretrained", "key": KEY, "sign": "here", "resume": read_manifest(there)}
+    share, plan = Share(line.store, tmp_path / "node", place), {"resume_from": "checkpoints/checkpoint-1", "facts": FACTS}
+    said = rf"^{platform.node()}: {own}: No space left on device; make room there, or name another cache in SEQMILL_CACHE"
+    with pytest.raises(StoreError, match=said):
+        share.fetch(plan, range(2))
+
+
+def test_a_checkpoint_that_is_asked_for_anew_is_not_sent_any_more_for_the_first_asking(line: Line, tmp_path: Path) -> None:
+    line.sign("here")
+    folder = saved(tmp_path / "node" / "pretrained" / KEY, 1)
+    files = read_manifest(folder)["files"]
+    share = Share(line.store, tmp_path / "node", {"kind": "pretrained", "key": KEY, "sign": "here", "resume": None})
+    share.newest_ask = 2
+    assert share.send(1, files, 1) == "checkpoint-1: broken off"
+    assert share.send(1, files, 2) is None
+
+
 def test_a_node_that_is_let_go_sends_nothing_more_and_says_why(line: Line, tmp_path: Path) -> None:
     line.sign("here")
     folder = saved(tmp_path / "node" / "pretrained" / KEY, 1)
     share = Share(line.store, tmp_path / "node", {"kind": "pretrained", "key": KEY, "sign": "here", "resume": None})
     share.end()
-    assert share.send(1, read_manifest(folder)["files"]) == "checkpoint-1: broken off"
+    assert share.send(1, read_manifest(folder)["files"], 0) == "checkpoint-1: broken off"
     assert objects(line) == ["sign"]
-    assert "KeyError" in str(share.send(1, {PARTS[0]: {}}))
+    assert "KeyError" in str(share.send(1, {PARTS[0]: {}}, 0))
 
 
 def test_what_a_node_that_stays_has_of_an_earlier_training_goes(line: Line, tmp_path: Path) -> None:
@@ -268,13 +295,74 @@ def test_a_node_with_another_store_is_refused(line: Line, tmp_path: Path) -> Non
 
 def test_the_folder_of_a_process_goes_with_it_and_a_dead_ones_with_the_next(tmp_path: Path) -> None:
     with own_folder(tmp_path) as first:
-        dead = first.with_name(f"{first.name}-dead")
+        dead = first.with_name(f"{platform.node()}-1-0badcafe")
         dead.mkdir()
         (dead / "checkpoint-1").mkdir()
-        dead.with_suffix(".lock").touch()
+        dead.with_name(f"{dead.name}.lock").touch()
         with own_folder(tmp_path) as second:
             assert (first.exists(), second.exists(), dead.exists()) == (True, True, False)
     assert list((tmp_path / ".joined").iterdir()) == []
+
+
+def test_a_host_whose_name_has_dots_or_begins_as_anothers_has_folders_of_its_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(platform, "node", lambda: "node-1.example.com")
+    with own_folder(tmp_path) as first:
+        assert first.with_name(f"{first.name}.lock").is_file()  # not one of all hosts of the domain, for which they would wait
+        other = first.with_name("node-1.example.com-2-7-0badcafe")  # a host "node-1.example.com-2"
+        other.mkdir()
+        other.with_name(f"{other.name}.lock").touch()
+        with own_folder(tmp_path):
+            assert (first.exists(), other.exists()) == (True, True)
+
+
+def test_a_try_waits_for_what_the_one_before_is_still_putting(
+    line: Line, start: Callable[..., Uploads], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else what the first puts late is taken for another run's, and the second keeps nothing any more."""
+    is_written, goes_on = threading.Event(), threading.Event()
+    write = RemoteCheckpoints._write
+
+    def write_late(self: RemoteCheckpoints, kept: Any) -> None:
+        is_written.set()
+        assert goes_on.wait(WAIT_SECONDS)
+        write(self, kept)
+
+    monkeypatch.setattr(RemoteCheckpoints, "_write", write_late)
+    saved(tmp_path, 1)
+    first = start()
+    line.fates.put("pass")
+    first.add(1)
+    assert is_written.wait(WAIT_SECONDS)
+    first.end()
+    again = RemoteCheckpoints(line.store, "pretrained", KEY)
+    threading.Timer(0.2, goes_on.set).start()
+    await_earlier(again)
+    again.begin(1)
+    manifest = read_manifest(saved(tmp_path, 2))
+    again.put(tmp_path / "checkpoint-2", 2, manifest["files"], lambda amount: None)
+    again.keep(manifest, b"")
+    assert steps(again) == [2, 1]
+
+
+def test_a_try_that_has_ended_puts_no_checkpoint_into_kept_json_any_more(
+    line: Line, start: Callable[..., Uploads], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    uploads = start()
+    confirm = line._confirm
+
+    def end_first(new: Kept) -> None:
+        confirm(new)
+        uploads._is_ended = True
+
+    monkeypatch.setattr(line, "_confirm", end_first)
+    saved(tmp_path, 1)
+    line.fates.put("pass")
+    uploads.add(1)
+    uploads.finish(WAIT_SECONDS)
+    await_earlier(line)
+    assert steps(line) == []
 
 
 def test_an_upload_ends_with_its_thread(start: Callable[..., Uploads]) -> None:

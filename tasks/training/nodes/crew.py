@@ -22,8 +22,9 @@ from tasks.training.nodes.wire import Message, Wire
 log = logging.getLogger(__name__)
 
 HELLO_SECONDS, HELLO_BYTES = 10.0, 1 << 12
+ACCEPT_SECONDS = 1.0  # between two tries to take a connection, as where too many files are open
 # What both ends must agree on: raise it with every change of a message or of the plan.
-PROTOCOL = 3
+PROTOCOL = 4
 
 
 class Member:
@@ -56,6 +57,7 @@ class Crew:
         self._changed = threading.Condition()
         self._turn = threading.Lock()
         self._listener = _listen(nodes)
+        self._is_closed = False
         threading.Thread(target=self._accept, name="crew", daemon=True).start()
 
     @contextmanager
@@ -70,14 +72,14 @@ class Crew:
         slots: the most ranks of this node. Raises WorkerError where too few nodes come.
         """
         nodes = self.nodes
-        if self._wait_for(nodes.least, nodes.wait_seconds, where) < nodes.least:
+        if (here := self._wait_for(nodes.least, nodes.wait_seconds, where)) < nodes.least:
             raise WorkerError(
-                f"{where}: {1 + len(self.members)} nodes of at least {nodes.least} are at {nodes.host}:{nodes.port} after "
+                f"{where}: {here} nodes of at least {nodes.least} are at {nodes.host}:{nodes.port} after "
                 f"{nodes.wait_seconds:g} s; start seqmill join on the others, or lower SEQMILL_NODES, and run again to go on"
             )
         self._wait_for(nodes.most, nodes.settle_seconds, where)
         with self._changed:
-            members = [member for member in self.members if not member.is_going][: nodes.most - 1]
+            members = self._staying()[: nodes.most - 1]
         ranks = share_out([slots, *(member.slots for member in members)], global_batch_size)
         shares = {member: number for member, number in zip([None, *members], ranks, strict=True) if number}
         idle = sum((slots, *(member.slots for member in members))) - sum(ranks)
@@ -90,6 +92,7 @@ class Crew:
 
     def close(self) -> None:
         """Let the nodes go: no training comes any more."""
+        self._is_closed = True
         with contextlib.suppress(OSError):
             self._listener.shutdown(socket.SHUT_RDWR)  # wakes the thread that accepts
         self._listener.close()
@@ -100,18 +103,26 @@ class Crew:
         """Wait until so many nodes are here; returns how many are."""
         deadline, is_told = time.monotonic() + seconds, False
         with self._changed:
-            while (here := 1 + len(self.members)) < number and (left := deadline - time.monotonic()) > 0:
+            while (here := 1 + len(self._staying())) < number and (left := deadline - time.monotonic()) > 0:
                 if not is_told:
                     log.info("%s: %d of %d nodes are here; waiting up to %g s", where, here, number, seconds)
                     is_told = True
                 self._changed.wait(left)
             return here
 
+    def _staying(self) -> list[Member]:
+        return [member for member in self.members if not member.is_going]
+
     def _accept(self) -> None:
-        with contextlib.suppress(OSError):  # closed
-            while True:
+        while not self._is_closed:
+            try:
                 connection, _ = self._listener.accept()
-                threading.Thread(target=self._welcome, args=(connection,), name="member", daemon=True).start()
+            except OSError as error:  # closed; or of one connection, which is lost, and not of those to come
+                if not self._is_closed:
+                    log.warning("rendezvous: a node cannot be heard (%s); listening goes on", error.strerror or error)
+                    time.sleep(ACCEPT_SECONDS)
+                continue
+            threading.Thread(target=self._welcome, args=(connection,), name="member", daemon=True).start()
 
     def _welcome(self, connection: socket.socket) -> None:
         """Hear one node for as long as it is there."""

@@ -17,7 +17,7 @@ from typing import Any
 
 import orjson
 
-from tasks.errors import WorkerError
+from tasks.errors import StoppedError, WorkerError
 from tasks.training.agent import free_port
 from tasks.training.checkpoints import read_manifest
 from tasks.training.nodes.crew import Crew, Member
@@ -30,7 +30,8 @@ log = logging.getLogger(__name__)
 ENDING_SECONDS = SILENT_SECONDS + 10  # in which a node has ended its ranks, or is known to be gone
 EXIT_SECONDS = 5.0  # between a launcher's last line and its end
 SEEN = ".seen-"
-ANSWER_SECONDS = 1.0  # how soon an upload that is broken off stops waiting for the others
+ANSWER_SECONDS = 1.0  # how soon who waits for the others sees that it is not to wait any more
+TELL_SECONDS = 60.0  # how often it is told whom is waited for
 
 
 class NodeLostError(WorkerError):
@@ -59,6 +60,7 @@ class Party:
         self.ranks = list(shares.values())
         self.members = [member for member in shares if member]
         self.number = crew.number
+        self.ask = 0  # how often the members were asked for a checkpoint
         self.is_here = True  # this node's launcher has not ended
         self.running: set[Member] = set()
         self.lost: list[Member] = []
@@ -66,15 +68,42 @@ class Party:
         self.code = 0  # of the first member's launcher that failed
         self.damage: str | None = None  # of the checkpoint to go on from
 
-    def start(self, plan_path: Path) -> Launch:
-        """Tell the members to start their ranks; returns what this node is to start."""
+    def make_ready(self, plan_path: Path, hear: Callable[[str], None], is_stopped: Callable[[], bool]) -> bool:
+        """Have the members bring what their ranks read to where they are; whether all of them have it.
+
+        hear: is told of every line of theirs. As long as one takes no rank is started, none of which would wait so long.
+        """
         plan = orjson.loads(plan_path.read_bytes())
+        told = portable({"plan": plan, **self._places(plan)}, self.roots)
+        for node, member in enumerate(self.members, 1):
+            self.running.add(member)
+            member.wire.send({"say": "run", "party": self.number, "node": node, "ranks": self.ranks, **told})
+        waiting, told_at = set(self.members), time.monotonic()
+        while waiting and not (self.lost or self.code or is_stopped()):
+            if time.monotonic() > told_at + TELL_SECONDS:
+                log.info("%s: waiting for %s to have what its ranks read", plan["label"], ", ".join(map(str, waiting)))
+                told_at = time.monotonic()
+            try:
+                who, heard = self.crew.events.get(timeout=ANSWER_SECONDS)
+            except queue.Empty:
+                continue
+            message = heard or {"say": "gone"}
+            if who is None or who not in self.running or message.get("party", self.number) != self.number:
+                continue
+            if message["say"] == "ready":
+                waiting.discard(who)
+            elif message["say"] == "line":
+                hear(message["text"])
+            else:
+                self._note(who, message)
+        return not waiting
+
+    def go(self) -> Launch:
+        """Tell the members, which are ready, to start their ranks; returns what this node is to start."""
         host, port = self.members[0].wire.own_address, free_port()
         launches = [Launch(node, self.ranks, host, port, self.launcher) for node in range(len(self.ranks))]
-        told = portable({"plan": plan, **self._places(plan)}, self.roots)
         for member, launch in zip(self.members, launches[1:], strict=True):
-            self.running.add(member)
-            member.wire.send({"say": "run", "party": self.number, "launch": launch, **told})
+            member.wire.send({"say": "go", "party": self.number, "launch": launch})
         return launches[0]
 
     def _places(self, plan: dict[str, Any]) -> dict[str, Any]:
@@ -88,15 +117,16 @@ class Party:
 
     def ask_to_keep(self, step: int, files: Files) -> None:
         """Have each member put its ranks' files of a checkpoint into the bucket."""
+        self.ask += 1  # by a number: the same step may be asked for again, while an answer is on its way
         for member in self.members:
-            member.wire.send({"say": "keep", "party": self.number, "step": step, "files": files})
+            member.wire.send({"say": "keep", "party": self.number, "ask": self.ask, "step": step, "files": files})
 
     def has_lost(self) -> bool:
         """Whether a member is gone."""
         return any(member not in self.crew.members for member in self.members)
 
-    def await_kept(self, step: int, is_ended: Callable[[], bool]) -> str | None:
-        """Wait until each has; what kept one from it, None where nothing did."""
+    def await_kept(self, is_ended: Callable[[], bool]) -> str | None:
+        """Wait until each has done what was asked last; what kept one from it, None where nothing did."""
         waiting = set(self.members)
         while waiting:
             if gone := next((member for member in waiting if member not in self.crew.members), None):
@@ -107,7 +137,7 @@ class Party:
                 if is_ended():
                     return "broken off"
                 continue
-            if message and (message.get("party"), message.get("step")) == (self.number, step):
+            if message and (message.get("party"), message.get("ask")) == (self.number, self.ask):
                 if why := message.get("why"):
                     return f"node {member}: {why}"
                 waiting.discard(member)
@@ -127,11 +157,7 @@ class Party:
                 log.info("node %s was told to end; a checkpoint is written first", member)
                 self.going.append(member)
                 stop_path.touch()
-            elif message["say"] == "damaged":
-                self.damage = str(message.get("why"))
-            elif message["say"] in ("ended", "gone"):
-                self._note_end(member, message)
-                self.code = self.code or int(message.get("code", 0))
+            elif self._note(member, message):
                 # At once: its ranks wait for peers that are gone, and die with it. Not where rank 0 may be sealing a checkpoint.
                 if self.lost or (self.code and not self.going):
                     process.kill()
@@ -158,15 +184,22 @@ class Party:
             member.wire.send({"say": "leave"})
 
     def judge(self, label: str, stopped_step: int | None, *, is_asked: bool) -> None:
-        """Raise NodeLostError where others can go on in place of those that are gone. is_asked: this node is to stop too."""
+        """Raise NodeLostError where others can go on in place of those that are gone; StoppedError where this node is to stop
+        too (is_asked), and the ranks came to no checkpoint.
+        """
         if is_asked and stopped_step is not None:
             return
+        error: NodeLostError | None = None
         if self.damage:
-            raise DamagedError(f"{label}: {self.damage}")
-        if self.lost:
-            raise NodeLostError(f"{label}: node {', '.join(map(str, self.lost))} is gone")
-        if self.going and stopped_step is not None:
-            raise NodeLostError(f"{label}: node {', '.join(map(str, self.going))} leaves after step {stopped_step}")
+            error = DamagedError(f"{label}: {self.damage}")
+        elif self.lost:
+            error = NodeLostError(f"{label}: node {', '.join(map(str, self.lost))} is gone")
+        elif self.going and stopped_step is not None:
+            error = NodeLostError(f"{label}: node {', '.join(map(str, self.going))} leaves after step {stopped_step}")
+        if error and is_asked:
+            raise StoppedError(f"{error}, and this node was told to end; run again to go on from the newest whole checkpoint")
+        if error:
+            raise error
 
     def _events(self) -> Iterator[tuple[Member | None, Message]]:
         """What this party's nodes say while one runs; for ENDING_SECONDS once this node's ranks have ended, or some failed."""
@@ -183,6 +216,16 @@ class Party:
             is_known = member in self.running if member else self.is_here
             if is_known and message.get("party", self.number) == self.number:
                 yield member, message
+
+    def _note(self, member: Member | None, message: Message) -> bool:
+        """Note what a node says of its ranks; whether they have ended."""
+        if message["say"] == "damaged":
+            self.damage = str(message.get("why"))
+        if message["say"] not in ("ended", "gone"):
+            return False
+        self._note_end(member, message)
+        self.code = self.code or int(message.get("code", 0))
+        return True
 
     def _note_end(self, member: Member | None, message: Message) -> None:
         if member is None:

@@ -1,11 +1,12 @@
 """What the node that leads and one that joins it say to each other: JSON objects, one a line, over TCP.
 
-to a node that joins    challenge, welcome, refuse; run, keep, stop, leave
-from one                hello, proof; line, ended, going, kept, damaged
+to a node that joins    challenge, welcome, refuse; run, go, keep, stop, leave
+from one                hello, proof; ready, line, ended, going, kept, damaged
 """
 
 import contextlib
 import socket
+import struct
 import threading
 from typing import Any
 
@@ -29,6 +30,8 @@ class Wire:
         for name, value in KEEPALIVE.items():
             if hasattr(socket, name):
                 connection.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
+        # A peer that stands still reads nothing, and its kernel goes on answering: what does not fit its buffers is given up.
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, struct.pack("ll", int(SILENT_SECONDS), 0))
         connection.settimeout(None)
         self.own_address: str = connection.getsockname()[0]
         self.peer_address: str = connection.getpeername()[0]
@@ -37,9 +40,12 @@ class Wire:
         self._sending = threading.Lock()
 
     def send(self, message: Message) -> None:
-        """To a peer that is gone nothing is sent; ``receive`` then says so."""
-        with self._sending, contextlib.suppress(OSError):
-            self._connection.sendall(orjson.dumps(message) + b"\n")
+        """To a peer that is gone, or takes nothing for SILENT_SECONDS, nothing is sent; ``receive`` then says so."""
+        with self._sending:
+            try:
+                self._connection.sendall(orjson.dumps(message) + b"\n")
+            except OSError:
+                self.close()  # it may have half a message
 
     def receive(self, seconds: float | None = None, most_bytes: int = MOST_BYTES) -> Message | None:
         """The next message; None where the peer is gone, says what is no message, or nothing for so many ``seconds``."""
