@@ -17,7 +17,19 @@ from typing import TypeVar
 from tasks.store.bucket import Listed
 from tasks.store.claim import CLAIMS
 from tasks.store.digest import Digest
-from tasks.store.fate import FATES, LEAST_SECONDS, TRASH, Sentence, condemn, decide, pronounce, sentence_of, trash_name, trashed
+from tasks.store.fate import (
+    DAMAGED,
+    FATES,
+    LEAST_SECONDS,
+    TRASH,
+    Sentence,
+    condemn,
+    decide,
+    pronounce,
+    sentence_of,
+    trash_name,
+    trashed,
+)
 from tasks.store.gc import Collected, collect, prune, summed
 from tasks.store.layout import DIGEST, NUMBER, file_name, manifest_name, places_of, read_manifest
 from tasks.store.lease import passing
@@ -35,7 +47,7 @@ LEFT_SECONDS = DAY
 BATCH = 500  # shards that are condemned, or deleted, together
 T = TypeVar("T")
 
-DAMAGED, CHECKPOINTS = ".damaged", ".checkpoints"
+CHECKPOINTS = ".checkpoints"
 
 
 def collect_bucket(

@@ -12,11 +12,13 @@ from typing import Literal
 
 import orjson
 
+from tasks.errors import StoreError
 from tasks.store.bucket import Bucket
 from tasks.store.layout import DIGEST, manifest_name, new_number
 from tasks.store.store import KIND
 
 TRASH, FATES = ".trash", ".fates"
+DAMAGED = ".damaged"  # manifests that were set aside
 Fate = Literal["kept", "deleted"]
 
 # What is condemned lies at least so long before it is deleted; and so old, at least, is what is condemned.
@@ -67,8 +69,20 @@ def sentence_of(bucket: Bucket, kind: str, key: str) -> Sentence | None:
     """The sentence of what is in the trash; None where it is not."""
     if (found := bucket.dated(trash_name(kind, key))) is None:
         return None
-    value = orjson.loads(found[0])
-    return Sentence(value["sentence"], value["manifest"].encode(), found[1])
+    try:
+        value = orjson.loads(found[0])
+        return Sentence(value["sentence"], value["manifest"].encode(), found[1])
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise StoreError(
+            f"{bucket.url}/{trash_name(kind, key)}: cannot be read ({type(error).__name__}); "
+            "delete it, and what it is about is built anew where it is asked for"
+        ) from error
+
+
+def was_committed(bucket: Bucket, kind: str, key: str) -> bool:
+    """Whether a manifest was condemned or set aside, as far as is still known."""
+    lies = sentence_of(bucket, kind, key) is not None
+    return lies or any(one.name.startswith(f"{DAMAGED}/{kind}-{key}-") for one in bucket.objects(DAMAGED))
 
 
 def put_back(bucket: Bucket, kind: str, key: str, sentence: Sentence) -> None:

@@ -32,7 +32,7 @@ from tasks.store.bucket import Bucket, Patience
 from tasks.store.cache import Cache, cache_folder, download, has_digest, is_whole
 from tasks.store.claim import boot_seconds, claimed
 from tasks.store.digest import Digest, digest_bytes, digest_json, write_atomically
-from tasks.store.fate import SURE_SECONDS, decide, put_back, sentence_of
+from tasks.store.fate import DAMAGED, SURE_SECONDS, decide, put_back, sentence_of, was_committed
 from tasks.store.fetched import SharedArtifact
 from tasks.store.layout import DIGEST, manifest_name, moved, placed, read_manifest
 from tasks.store.lease import passing
@@ -215,8 +215,8 @@ class SharedStore(ArtifactStore):
                     return None  # they alone are built
                 log.info("%s/%s: built before, and not in the bucket; goes on with the upload", kind, key[:12])
                 # What the bucket lost is not where it was: a collector may be deleting there. So may it where something was sent
-                # and committed, without an answer.
-                is_staged = folder == staging and sentence_of(self.bucket, kind, key) is None
+                # and committed, without an answer; or it was found damaged there.
+                is_staged = folder == staging and not was_committed(self.bucket, kind, key)
                 again = manifest if is_staged else moved(manifest)
                 return replace(self._publish(again, folder, checked, is_again=is_staged), found=True)
         return None
@@ -238,7 +238,7 @@ class SharedStore(ArtifactStore):
         """Take a damaged artifact's manifest out of its place; what the cache has whole may still be restored."""
         name = manifest_name(kind, key)
         if data := self.bucket.get(name):
-            target = f".damaged/{kind}-{key}-{time.time_ns()}.json"
+            target = f"{DAMAGED}/{kind}-{key}-{time.time_ns()}.json"
             self.bucket.put(target, data)
             self.bucket.delete(name)
             log.warning("%s/%s: damaged (%s); set aside in %s/%s", kind, key[:12], problem, self.bucket.url, target)

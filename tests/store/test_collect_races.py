@@ -200,3 +200,22 @@ def test_a_machine_that_slept_for_days_in_its_upload_commits_what_is_there(world
     assert slept[0]
     assert world["third"].damage(word, digests=True) is None
     world.check()
+
+
+def test_an_upload_that_is_gone_on_with_trusts_no_file_of_what_was_set_aside(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tasks.store.publish.SHOWN_BYTES", 1)
+    spec, here = WordSpec(word="a", num_bytes=64), world["here"]
+    word = build_word(here, Machine(), spec)
+    # The answer to the commit was lost: what was sent lies in staging still.
+    (here.root / ".staging/word").mkdir(parents=True, exist_ok=True)
+    (here.root / word.ref).rename(here.root / ".staging" / word.ref)
+    (sent,) = world.objects(f"{word.ref}/*/large/bytes")
+    (world.bucket / sent).write_bytes(b"b" * 64)
+    with pytest.raises(StoreError, match="it was set aside"):
+        world["there"].resolve(word.ref).file("large/bytes")
+    BUILDS.clear()
+    again = build_word(world["here"], Machine(), spec)
+    assert BUILDS == []
+    assert world["third"].damage(again, digests=True) is None

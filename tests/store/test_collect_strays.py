@@ -54,3 +54,10 @@ def test_a_lease_that_cannot_be_read_stops_the_collector(world: World) -> None:
     world["there"].bucket.put(".leases/0123456789abcdef", b"somebody's own")
     with pytest.raises(StoreError, match=r"\.leases/.*cannot be read .*what it names would be collected"):
         world.collect()
+
+
+def test_a_sentence_that_cannot_be_read_is_told_and_not_taken_for_none(world: World) -> None:
+    world.run("abc")
+    world["there"].bucket.put(f".trash/word/{KEY}.json", b'{"sentence": "1"}')
+    with pytest.raises(StoreError, match=rf"\.trash/word/{KEY}\.json: cannot be read .*delete it"):
+        world.collect()
