@@ -33,6 +33,7 @@ from tasks.store.fate import (
 from tasks.store.gc import Collected, collect, prune, summed
 from tasks.store.layout import DIGEST, NUMBER, file_name, manifest_name, places_of, read_manifest
 from tasks.store.lease import passing
+from tasks.store.partials import CHECKPOINTS, partials, remove
 from tasks.store.reach import Reach
 from tasks.store.shared import SharedStore
 from tasks.store.store import KIND, ArtifactStore
@@ -46,8 +47,6 @@ DAY = 86_400.0
 LEFT_SECONDS = DAY
 BATCH = 500  # shards that are condemned, or deleted, together
 T = TypeVar("T")
-
-CHECKPOINTS = ".checkpoints"
 
 
 def collect_bucket(
@@ -257,6 +256,10 @@ class _Sweep:
     def leftovers(self) -> None:
         """Delete what tells of builds and collections that are long over."""
         self._checkpoints()
+        for left in [one for one in partials(self.bucket) if self._is_old(one.modified)]:
+            if not self.dry_run:
+                remove(left)
+            self.deleted.append(("leftovers of uploads", left.num_bytes))
         records = self.store.at_once(lambda note: prune(self.store.notes, [note], self.dry_run), self.survey.spent)
         self.deleted += [one for some in records for one in some]
         if damaged := [one for one in self.bucket.objects(DAMAGED) if self._is_old(one.modified)]:

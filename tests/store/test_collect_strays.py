@@ -61,3 +61,25 @@ def test_a_sentence_that_cannot_be_read_is_told_and_not_taken_for_none(world: Wo
     world["there"].bucket.put(f".trash/word/{KEY}.json", b'{"sentence": "1"}')
     with pytest.raises(StoreError, match=rf"\.trash/word/{KEY}\.json: cannot be read .*delete it"):
         world.collect()
+
+
+def test_what_a_killed_write_left_in_a_folder_goes_after_a_day(world: World) -> None:
+    world.run("abc")
+    place = "0" * 16
+    names = [
+        f"word/{KEY}/{place}/large/bytes#1",
+        f"word/{KEY}/manifest.json#12",
+        ".runs/1.json#1",
+        f".checkpoints/word/{KEY}/a#1",
+    ]
+    others = [".other/a#1", "datasets/wiki/part#1", "part#1", f"word/{KEY}/notes#"]
+    for name in (*names, *others):
+        (world.bucket / name).parent.mkdir(parents=True, exist_ok=True)
+        (world.bucket / name).write_bytes(b"half")
+    assert world.collect().deleted == ()
+    world.pass_by(1.1)
+    for dry_run in (True, False):
+        assert [(gone.what, gone.number, gone.num_bytes) for gone in world.collect(dry_run=dry_run).deleted] == [
+            ("leftovers of uploads", 4, 16)
+        ]
+    assert [name for name in (*names, *others) if (world.bucket / name).exists()] == others
