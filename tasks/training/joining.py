@@ -28,6 +28,7 @@ from tasks.training.launch import agent_command, ranks_lines
 from tasks.training.lines import failure_line
 from tasks.training.nodes.crew import PROTOCOL
 from tasks.training.nodes.nodes import CHECKPOINTS, STORE, Launch
+from tasks.training.nodes.release import release
 from tasks.training.nodes.secret import introduce
 from tasks.training.nodes.wire import Message, Wire
 from tasks.training.preparing import Preparing
@@ -53,7 +54,7 @@ def join(nodes: Nodes, store: ArtifactStore, settings: TrainingSettings, slots: 
 def _serve_once(nodes: Nodes, slots: int, node_at: Callable[[Wire], "Node"], *, stays: bool) -> bool:
     """Join once, and take part until let go, or the node that leads is gone; whether to join again."""
     wire = _reach(nodes, None if stays else nodes.wait_seconds)
-    hello = {"say": "hello", "protocol": PROTOCOL, "name": platform.node(), "slots": slots}
+    hello = {"say": "hello", "protocol": PROTOCOL, "release": release(), "name": platform.node(), "slots": slots}
     try:
         is_heard = introduce(wire, hello, nodes.secret)
     except SeqmillError:

@@ -119,12 +119,15 @@ class CheckpointWriter:
     def _seal(self, saving: Saving, files: dict[str, Any]) -> None:
         try:
             seal_checkpoint(saving.folder, {**self.facts, "step": saving.step}, files)
-            prune_checkpoints(self.root)
         except OSError as error:
             raise StoreError(
-                f"{saving.folder}: cannot be sealed, or older ones not be deleted ({error}); mend that and run again, to go on "
-                "from the newest whole checkpoint"
+                f"{saving.folder}: cannot be sealed ({error}); mend that and run again, to go on from the newest whole checkpoint"
             ) from error
+        try:
+            prune_checkpoints(self.root)
+        except OSError as error:
+            where = error.filename or self.root
+            log.warning("%s: cannot be deleted (%s); tried again at the next checkpoint", where, error.strerror or error)
 
 
 def _write(saving: Saving, tensors: Snapshot, notes: dict[str, bytes]) -> None:

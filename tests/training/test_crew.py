@@ -24,11 +24,12 @@ from tasks.training.launch import ranks_lines, run_worker
 from tasks.training.lines import failure_line
 from tasks.training.nodes.crew import PROTOCOL, Crew, crew_of, leading
 from tasks.training.nodes.party import DamagedError, NodeLostError, Party
+from tasks.training.nodes.release import release
 from tasks.training.nodes.secret import introduce
 from tasks.training.nodes.wire import Message, Wire
 from tasks.training.preparing import Preparing
 
-HELLO = {"say": "hello", "protocol": PROTOCOL, "name": "other", "slots": 2}
+HELLO = {"say": "hello", "protocol": PROTOCOL, "release": release(), "name": "other", "slots": 2}
 ECHO = "print('of rank 0')"
 WAIT = "import time; print('of rank 0', flush=True); time.sleep(100)"
 
@@ -369,6 +370,16 @@ def test_strangers_and_other_releases_are_turned_away(crew: Crew, hello: Message
     wire = reach(crew, hello)
     answer = wire.receive(10)
     assert answer is None or answer["say"] == "refuse"
+    assert not crew.members
+
+
+def test_a_node_with_another_torch_is_turned_away_and_told_of_what(crew: Crew, caplog: pytest.LogCaptureFixture) -> None:
+    """Its ranks would make other numbers, of which nobody would hear."""
+    wire = reach(crew, {**HELLO, "release": {**release(), "torch": "0.1"}})
+    why = "another release of torch than on the node that leads; install the same on all"
+    assert wire.receive(10) == {"say": "refuse", "why": why}
+    assert wire.receive(10) is None
+    assert f"another release of torch than here (torch 0.1, here {release()['torch']}); turned away" in caplog.text
     assert not crew.members
 
 

@@ -14,10 +14,11 @@ from tasks.store import ArtifactStore
 from tasks.training.agent import free_port
 from tasks.training.joining import join
 from tasks.training.nodes.crew import PROTOCOL, Crew
+from tasks.training.nodes.release import release
 from tasks.training.nodes.secret import introduce, prove
 from tasks.training.nodes.wire import Wire
 
-HELLO = {"say": "hello", "protocol": PROTOCOL, "name": "other", "slots": 2}
+HELLO = {"say": "hello", "protocol": PROTOCOL, "release": release(), "name": "other", "slots": 2}
 SECRET = "planted-secret"
 
 

@@ -166,6 +166,22 @@ def test_what_the_writer_seals_is_whole_and_older_ones_are_pruned(tmp_path: Path
     assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint-2", "checkpoint-3"]
 
 
+def test_an_older_one_that_cannot_be_deleted_ends_no_training_whose_newest_is_whole(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As on NFS, where a file that another process has open leaves its folder full."""
+
+    def is_busy(root: Path) -> None:
+        raise OSError(39, "Directory not empty", str(root / "checkpoint-1"))
+
+    monkeypatch.setattr("tasks.training.saving.prune_checkpoints", is_busy)
+    writer = CheckpointWriter(tmp_path, FACTS, Ranks())
+    writer.begin(2, halves(2)[0], {PROGRESS: b"{}"}, 0.0)
+    writer.finish()
+    assert newest_checkpoint(tmp_path, FACTS) == tmp_path / "checkpoint-2"
+    assert f"{tmp_path}/checkpoint-1: cannot be deleted (Directory not empty); tried again at the next checkpoint" in caplog.text
+
+
 def test_training_goes_on_while_a_checkpoint_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     may_write = threading.Event()
 

@@ -16,6 +16,7 @@ from contextlib import contextmanager
 from tasks.errors import SettingsError, WorkerError
 from tasks.machine import Nodes
 from tasks.training.nodes.nodes import share_out
+from tasks.training.nodes.release import differing
 from tasks.training.nodes.secret import is_known
 from tasks.training.nodes.wire import Message, Wire
 
@@ -175,15 +176,27 @@ def _member(wire: Wire, secret: str) -> Member | None:
     if hello is None or hello["say"] != "hello":
         log.warning("rendezvous: %s says nothing that a node says; turned away", wire.peer_address)
         return None
-    if hello.get("protocol") != PROTOCOL:
-        why = "another release of seqmill is installed here than on the node that leads; install the same on all"
-        wire.send({"say": "refuse", "why": why})
-        log.warning("node %s (%s): another release of seqmill; turned away", hello.get("name"), wire.peer_address)
+    if why := _other_release(hello):
+        wire.send({"say": "refuse", "why": f"{why} than on the node that leads; install the same on all"})
+        log.warning("node %s (%s): %s than here%s; turned away", hello.get("name"), wire.peer_address, why, _told_apart(hello))
         return None
     if not is_known(wire, hello, secret):
         return None
     slots = hello.get("slots")
     return Member(str(hello.get("name")), slots, wire) if isinstance(slots, int) and slots > 0 else None
+
+
+def _other_release(hello: Message) -> str | None:
+    """In what a node is of another release; not by which version of this one's: who asks has not shown yet that he is a node."""
+    if hello.get("protocol") != PROTOCOL:
+        return "another release of seqmill"
+    names = ", ".join(differing(hello.get("release")))
+    return f"another release of {names}" if names else None
+
+
+def _told_apart(hello: Message) -> str:
+    found = differing(hello.get("release"))
+    return f" ({', '.join(f'{name} {theirs}, here {here}' for name, (theirs, here) in found.items())})" if found else ""
 
 
 _crews: dict[tuple[str, int], Crew] = {}
