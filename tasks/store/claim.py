@@ -64,7 +64,7 @@ def claimed(bucket: Bucket, ref: str, cache: str, seconds: float) -> Iterator[No
     finally:
         renewal.end()
         if not renewal.is_lost:
-            _release(bucket, folder, term)
+            _release(bucket, folder, term, renewal.is_overdue)
 
 
 def _take(bucket: Bucket, folder: str, own: Holder) -> int:
@@ -106,8 +106,10 @@ def _create(bucket: Bucket, name: str, own: Holder) -> bool:
     return bucket.put_new(name, own.spelled()) or bucket.get(name) == own.spelled()
 
 
-def _release(bucket: Bucket, folder: str, term: int) -> None:
+def _release(bucket: Bucket, folder: str, term: int, is_overdue: bool) -> None:
     try:
+        if is_overdue and bucket.get(f"{folder}/{term + 1}"):
+            return  # another's by now, who is found by the terms before it
         for number in range(term + 1):
             bucket.delete(f"{folder}/{number}")
     except StoreError as error:
@@ -125,23 +127,27 @@ class _Renewal(threading.Thread):
     def __init__(self, bucket: Bucket, folder: str, term: int, own: Holder) -> None:
         super().__init__(name="claim", daemon=True)
         self.bucket, self.folder, self.term, self.own = bucket, folder, term, own
-        self.is_lost = False
+        self.is_lost, self.renewed = False, boot_seconds()
         self._ended = threading.Event()
 
+    @property
+    def is_overdue(self) -> bool:
+        """Whether another may have taken the builder for dead."""
+        return boot_seconds() - self.renewed >= self.own.seconds
+
     def run(self) -> None:
-        renewed = boot_seconds()
         while not self._ended.wait(self.own.seconds / RENEWALS):
             try:
                 # A process that slept past its time (a suspended laptop) must not write to a term that may be another's by now.
-                if boot_seconds() - renewed >= self.own.seconds or self.bucket.get(f"{self.folder}/{self.term + 1}"):
+                if self.is_overdue or self.bucket.get(f"{self.folder}/{self.term + 1}"):
                     self.is_lost = True
                     log.warning("%s: the claim was lost to another builder; the first to finish is kept", self.folder)
                     return
                 self.own = replace(self.own, count=self.own.count + 1)
                 self.bucket.put(f"{self.folder}/{self.term}", self.own.spelled())
-                renewed = boot_seconds()
-            except StoreError as error:
-                log.warning("%s; the claim is not renewed for now", error)
+                self.renewed = boot_seconds()
+            except Exception as error:  # whatever it is: without this thread the builder would be taken for dead
+                log.warning("%s: %s: %s; the claim is not renewed for now", self.folder, type(error).__name__, error)
 
     def end(self) -> None:
         self._ended.set()

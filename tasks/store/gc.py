@@ -192,7 +192,11 @@ class Marking:
 def empty_trash(root: Path, now_ns: int, grace_seconds: float, dry_run: bool) -> int:
     """Delete what has been in the trash for the grace; returns its bytes."""
     with collecting(root):  # nobody takes something back out of it meanwhile
-        old = [path for path in (root / TRASH).glob("[0-9]*") if now_ns - int(path.name) >= grace_seconds * 1e9]
+        old = [
+            path
+            for path in (root / TRASH).glob("[0-9]*")
+            if path.name.isdigit() and now_ns - int(path.name) >= grace_seconds * 1e9
+        ]
         if dry_run:
             return sum(folder_bytes(path) for path in old)
         for path in old:

@@ -86,6 +86,10 @@ class _Keeper:
                 lease.renew()
             except StoreError as error:  # a bucket that may be read alone, or that is gone
                 log.debug("%s; what this process uses is not told", error)
+            except Exception as error:  # whatever it is: without this thread nothing would tell, for as long as the process lives
+                log.warning(
+                    "%s: %s: %s; what this process uses is not told for now", lease.bucket.url, type(error).__name__, error
+                )
 
     def end(self) -> None:
         with self.lock:
