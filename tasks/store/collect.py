@@ -109,12 +109,13 @@ class _Sweep:
         self.survey.follow({one.ref for one in used})
         moved = [one for one in standing if not self.reach.has(one.kind, one.key)]
         self.num_in_use += len(standing) - len(moved)
+        lying = [ref for ref in self.survey.trash if not ref[0].endswith(SHARD)]
+        back = self._standing_of([ref for ref in lying if self.survey.is_standing(*ref)])
         self._condemn(moved)
         self.held.follow({one.ref for one in moved})
-        lying = [ref for ref in self.survey.trash if not ref[0].endswith(SHARD)]
-        self._empty([ref for ref in lying if not self.survey.is_standing(*ref)])
+        self._empty([ref for ref in lying if ref not in back])
         # Back in its place, and its sentence left by who was killed in between.
-        self._forget([ref for ref in lying if self.survey.is_standing(*ref) and self.reach.has(*ref)])
+        self._forget([ref for ref in back if self.reach.has(*ref)])
         self._leave(self.survey.artifacts.values())
 
     def shards(self) -> None:
@@ -125,9 +126,16 @@ class _Sweep:
                 self._condemn([one for one in some if one.manifest and not self._keeps_shard(one)])
                 standing |= {ref for one in some if one.manifest and (ref := (one.kind, one.key)) in trash}
                 self._leave(some)
-        self._forget(ref for ref in standing if self.reach.has(*ref))
-        for refs in _batches(iter(sorted(trash - standing))):
+        kept = [ref for ref in standing if self.reach.has(*ref)]
+        back = self._standing_of(kept)
+        self._forget(back)
+        for refs in _batches(iter(sorted(trash - standing.difference(set(kept) - back)))):
             self._empty(refs)
+
+    def _standing_of(self, refs: Sequence[tuple[str, str]]) -> set[tuple[str, str]]:
+        """Those, of these, whose manifest is in its place: a listing may show one that is not any more."""
+        found = self.store.at_once(lambda ref: self.bucket.num_bytes(manifest_name(*ref)), refs)
+        return {ref for ref, num_bytes in zip(refs, found, strict=True) if num_bytes is not None}
 
     def _keeps_shard(self, group: Group) -> bool:
         if self.reach.has(group.kind, group.key):

@@ -3,7 +3,7 @@
 import errno
 import shutil
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ import pytest
 from tasks.errors import StoreError
 from tasks.machine import Machine
 from tasks.store import digest_json
-from tasks.store.bucket import Bucket
+from tasks.store.bucket import Bucket, Listed
 from tasks.store.collect import _Sweep
 from tasks.store.fate import condemn, decide, sentence_of
 from tasks.store.pins import pin, recorded_run
@@ -218,4 +218,26 @@ def test_an_upload_that_is_gone_on_with_trusts_no_file_of_what_was_set_aside(
     BUILDS.clear()
     again = build_word(world["here"], Machine(), spec)
     assert BUILDS == []
+    assert world["third"].damage(again, digests=True) is None
+
+
+def test_a_listing_that_shows_what_is_condemned_takes_no_sentence_away(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    old = world.run("abc")
+    world.run("xyz")
+    world.pass_by(3)
+    real, before = Bucket.objects, list(world["there"].bucket.objects())
+    world.collect()
+    pin(world["there"].notes, old)  # as if it had been named just before
+    gone = [one for one in before if one.name.endswith("manifest.json") and not (world.bucket / one.name).exists()]
+
+    def lagging(self: Bucket, folder: str = "") -> Iterator[Listed]:
+        listed = {one.name: one for one in [*real(self, folder), *(one for one in gone if one.name.startswith(f"{folder}/"))]}
+        yield from (listed[name] for name in sorted(listed))
+
+    monkeypatch.setattr(Bucket, "objects", lagging)
+    world.collect()
+    monkeypatch.undo()
+    BUILDS.clear()
+    again = world.run("abc", machine="another")
+    assert (again.key, BUILDS) == (old.key, [])
     assert world["third"].damage(again, digests=True) is None
