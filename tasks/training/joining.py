@@ -241,7 +241,7 @@ class Node:
 
     def _fail(self, party: int, error: BaseException) -> None:
         if isinstance(error, DamagedPartError):
-            self.wire.send({"say": "damaged", "party": party, "why": str(error)})
+            self.wire.send({"say": "damaged", "party": party, "why": str(error), "part": error.part})
         self.wire.send({"say": "line", "party": party, "text": failure_line(-1, error)})
         self.wire.send({"say": "ended", "party": party, "code": 1})
 

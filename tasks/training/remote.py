@@ -8,6 +8,7 @@ No listing says what is whole: listings find leftovers. See docs/decisions/0025.
 
 import logging
 import re
+import tempfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
@@ -155,8 +156,11 @@ class RemoteCheckpoints:
         self._delete_but(kept, {name.removeprefix(f"{self.folder}/") for name in _listed(self.bucket, self.folder)})
 
     def drop(self, step: int) -> None:
-        """Forget a checkpoint that another node has found damaged."""
-        self._write([one for one in self._current() if one.step != step])
+        """Forget a checkpoint that is damaged. Raises StoreError where it is the only one: all training would be lost."""
+        kept = [one for one in self._current() if one.step != step]
+        if not kept:
+            raise StoreError(f"{self.address}: checkpoint-{step} is damaged, and there is no other; delete it to start over")
+        self._write(kept)
 
     def sign(self, text: str) -> None:
         """Leave a sign, by which another node sees that it is given the same bucket."""
@@ -237,6 +241,17 @@ class RemoteCheckpoints:
             write_atomically(manifest, spelled)
             fsync_path(folder)
         return problem
+
+    def reread(self, step: int, name: str, folder: Path) -> str | None:
+        """What is wrong with a part in the bucket, which another node says; None where this one reads it right.
+
+        Nothing is left of it in ``folder``.
+        """
+        kept = next((one for one in self.kept() if one.step == step and name in one.files), None)
+        if kept is None:
+            return f"{name} is in no checkpoint"
+        with tempfile.TemporaryDirectory(prefix=".reread-", dir=folder) as scratch:
+            return self._bring(kept, name, Path(scratch), lambda amount: None)
 
     def _bring(self, kept: Kept, name: str, folder: Path, advance: Advance) -> str | None:
         entry, partial = kept.files[name], folder / f".{name}{FETCHED}"

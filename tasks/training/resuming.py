@@ -11,6 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from tasks.errors import StoreError
 from tasks.machine import Progress
 from tasks.store import write_atomically
 from tasks.training.checkpoints import (
@@ -47,7 +48,8 @@ def newest_anywhere(
 ) -> Path | None:
     """The newest checkpoint that is whole, in ``root`` or in the bucket; says which it passed over and why.
 
-    From the bucket comes what ``ranks`` read. Raises StoreError as ``newest_checkpoint``, and where the bucket does not answer.
+    From the bucket comes what ``ranks`` read. Raises StoreError as ``newest_checkpoint``, where the bucket does not answer, and
+    where it has checkpoints of which none can be used.
     """
     if remote is None:
         return newest_checkpoint(root, facts)
@@ -63,6 +65,11 @@ def newest_anywhere(
             log.warning("%s: passed over: %s", where, problem)
             continue
         return folder
+    if kept:  # to begin anew would delete them, and it may be this machine that reads them wrong
+        raise StoreError(
+            f"{remote.address}: none of its checkpoints (steps {', '.join(map(str, kept))}) can be used here; look at the "
+            "warnings above, or delete it to start over"
+        )
     return None
 
 

@@ -30,7 +30,11 @@ SIGHT_SECONDS = 10.0
 
 
 class DamagedPartError(StoreError):
-    """A part of the checkpoint to go on from is damaged in the bucket."""
+    """A part of the checkpoint to go on from is damaged in the bucket, as this node reads it."""
+
+    def __init__(self, message: str, part: str) -> None:
+        super().__init__(message)
+        self.part = part
 
 
 class Share:
@@ -74,7 +78,7 @@ class Share:
             except StoreError as error:
                 raise StoreError(f"{platform.node()}: {error}") from error
             if problem:
-                raise DamagedPartError(f"{self.remote.address}/{resume.name}: {problem}")
+                raise DamagedPartError(f"{self.remote.address}/{resume.name}: {problem}", part=problem.partition(" ")[0])
 
     def _go_on(self, _: int) -> None:
         if self.is_ended:

@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from tasks.errors import WorkerError
 from tasks.training.checkpoints import read_manifest, step_of
 from tasks.training.metrics import MetricsFile
 from tasks.training.nodes.party import DamagedError, Party
@@ -27,8 +28,12 @@ def uploading(
         uploads.add(step_of(checkpoint))
     try:
         yield uploads
-    except DamagedError:
+    except DamagedError as error:
         assert checkpoint
+        if remote.reread(step_of(checkpoint), error.part, root) is None:
+            raise WorkerError(
+                f"{error}, as node {error.node} reads it, and not as this one does; run again, without that node if it stays so"
+            ) from error
         remote.drop(step_of(checkpoint))
         raise
     finally:

@@ -311,11 +311,13 @@ def test_a_checkpoint_that_is_not_wanted_any_more_is_not_waited_for(
 def test_a_part_that_a_node_finds_damaged_is_a_reason_to_begin_from_another_checkpoint(crew: Crew, tmp_path: Path) -> None:
     other = reach(crew)
     party, stop_path = party_of(crew, tmp_path)
-    other.send({"say": "damaged", "party": party.number, "why": "checkpoint-5: rank-2.safetensors is missing"})
+    why = "checkpoint-5: rank-2.safetensors is missing"
+    other.send({"say": "damaged", "party": party.number, "why": why, "part": "rank-2.safetensors"})
     other.send({"say": "ended", "party": party.number, "code": 1})
     assert heard(party, WAIT, stop_path)[1] == -9
-    with pytest.raises(DamagedError, match=r"^pretrained: checkpoint-5: rank-2\.safetensors is missing$"):
+    with pytest.raises(DamagedError, match=r"^pretrained: checkpoint-5: rank-2\.safetensors is missing$") as found:
         party.judge("pretrained", None, is_asked=False)
+    assert (found.value.part, found.value.node) == ("rank-2.safetensors", "other (127.0.0.1)")
 
 
 def test_what_is_said_of_an_earlier_party_is_not_heard(crew: Crew, tmp_path: Path) -> None:

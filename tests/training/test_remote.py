@@ -271,6 +271,36 @@ def test_a_damaged_one_is_passed_over_for_the_one_before(
     assert steps(remote) == [1]
 
 
+def test_where_all_are_damaged_the_run_ends_and_none_is_taken_away(remote: RemoteCheckpoints, tmp_path: Path) -> None:
+    """To begin from step 0 would delete them; it may be this machine that reads them wrong."""
+    for step in (1, 2):
+        kept(remote, folder := saved(tmp_path / "there", step))
+        damage(remote, folder, "rank-1.safetensors", b"rank-1.safetensors ?!")
+    said = rf"{remote.address}: none of its checkpoints \(steps 2, 1\) can be used here; look at the warnings above, or delete"
+    with pytest.raises(StoreError, match=said):
+        find(tmp_path / "here", remote)
+    assert steps(remote) == [2, 1]
+
+
+def test_the_last_one_is_not_dropped(remote: RemoteCheckpoints, tmp_path: Path) -> None:
+    for step in (1, 2):
+        kept(remote, saved(tmp_path, step))
+    remote.drop(2)
+    with pytest.raises(StoreError, match=rf"{remote.address}: checkpoint-1 is damaged, and there is no other; delete"):
+        remote.drop(1)
+    assert steps(remote) == [1]
+
+
+@pytest.mark.parametrize("is_damaged", [False, True])
+def test_a_part_that_another_node_finds_damaged_is_read_anew(remote: RemoteCheckpoints, tmp_path: Path, is_damaged: bool) -> None:
+    kept(remote, folder := saved(tmp_path, 1))
+    if is_damaged:
+        damage(remote, folder, "rank-1.safetensors", b"rank-1.safetensors 1!")
+    problem = remote.reread(1, "rank-1.safetensors", tmp_path)
+    assert problem == ("rank-1.safetensors has another digest than its manifest says" if is_damaged else None)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["bucket", "checkpoint-1"]
+
+
 def test_one_of_another_spec_is_refused(remote: RemoteCheckpoints, tmp_path: Path) -> None:
     kept(remote, saved(tmp_path / "there", 1))
     with pytest.raises(StoreError, match=rf"written with spec\.seed 0 \(now 1\); delete {remote.address} to start over"):

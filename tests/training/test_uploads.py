@@ -7,17 +7,20 @@ import shutil
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
-from tasks.errors import SettingsError, StoreError
+from tasks.errors import SettingsError, StoreError, WorkerError
 from tasks.store import ArtifactStore, SharedStore
 from tasks.training.checkpoints import read_manifest
+from tasks.training.nodes.party import DamagedError
 from tasks.training.remote import Files, Kept, RemoteCheckpoints
 from tasks.training.share import Share, own_folder
+from tasks.training.uploading import uploading
 from tasks.training.uploads import LINKS, Uploads, await_earlier, linked
-from tests.training.test_remote import FACTS, KEY, PARTS, objects, saved, steps
+from tests.training.test_remote import FACTS, KEY, PARTS, damage, kept, objects, saved, steps
 
 WAIT_SECONDS = 20.0
 
@@ -363,6 +366,29 @@ def test_a_try_that_has_ended_puts_no_checkpoint_into_kept_json_any_more(
     uploads.finish(WAIT_SECONDS)
     await_earlier(line)
     assert steps(line) == []
+
+
+@pytest.mark.parametrize(("is_damaged", "left"), [(True, [1]), (False, [2, 1])])
+def test_a_checkpoint_that_another_node_finds_damaged_is_dropped_where_it_is(
+    tmp_path: Path, is_damaged: bool, left: list[int]
+) -> None:
+    """And not where one node's memory is: it would take one checkpoint after the other away."""
+    remote, root = (
+        RemoteCheckpoints(SharedStore(f"file://{tmp_path}/bucket", tmp_path / "cache"), "pretrained", KEY),
+        tmp_path / "own",
+    )
+    for step in (1, 2):
+        kept(remote, folder := saved(root, step))
+    if is_damaged:
+        damage(remote, folder, PARTS[1], b"others")
+    plan: Any = SimpleNamespace(checkpoint_dir=str(root), resume_from=str(folder))
+    metrics, party = SimpleNamespace(upto=lambda step: b""), SimpleNamespace(has_lost=lambda: False)
+    said = (
+        r"^checkpoint-2: damaged$" if is_damaged else r"^checkpoint-2: damaged, as node b reads it, and not as this one does; run"
+    )
+    with pytest.raises(DamagedError if is_damaged else WorkerError, match=said), uploading(remote, plan, metrics, party):  # type: ignore[arg-type]
+        raise DamagedError("checkpoint-2: damaged", PARTS[1], "b")
+    assert steps(remote) == left
 
 
 def test_an_upload_ends_with_its_thread(start: Callable[..., Uploads]) -> None:

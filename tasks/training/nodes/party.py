@@ -39,7 +39,14 @@ class NodeLostError(WorkerError):
 
 
 class DamagedError(NodeLostError):
-    """A node has found the checkpoint damaged that was to be gone on from; the nodes can go on from the one before."""
+    """A node has found the checkpoint damaged that was to be gone on from; the nodes can go on from the one before.
+
+    part: the name of the file; node: the one that says so.
+    """
+
+    def __init__(self, message: str, part: str, node: str) -> None:
+        super().__init__(message)
+        self.part, self.node = part, node
 
 
 class Party:
@@ -66,7 +73,7 @@ class Party:
         self.lost: list[Member] = []
         self.going: list[Member] = []
         self.code = 0  # of the first member's launcher that failed
-        self.damage: str | None = None  # of the checkpoint to go on from
+        self.damage: tuple[str, str, str] | None = None  # of the checkpoint to go on from: what, which part, who says so
 
     def make_ready(self, plan_path: Path, hear: Callable[[str], None], is_stopped: Callable[[], bool]) -> bool:
         """Have the members bring what their ranks read to where they are; whether all of them have it.
@@ -191,7 +198,8 @@ class Party:
             return
         error: NodeLostError | None = None
         if self.damage:
-            error = DamagedError(f"{label}: {self.damage}")
+            why, part, node = self.damage
+            error = DamagedError(f"{label}: {why}", part, node)
         elif self.lost:
             error = NodeLostError(f"{label}: node {', '.join(map(str, self.lost))} is gone")
         elif self.going and stopped_step is not None:
@@ -220,7 +228,7 @@ class Party:
     def _note(self, member: Member | None, message: Message) -> bool:
         """Note what a node says of its ranks; whether they have ended."""
         if message["say"] == "damaged":
-            self.damage = str(message.get("why"))
+            self.damage = str(message.get("why")), str(message.get("part")), str(member)
         if message["say"] not in ("ended", "gone"):
             return False
         self._note_end(member, message)
