@@ -37,10 +37,10 @@ def first(up: Operated) -> str:
     return str(up.runs_of("pretrain-flow")[-1]["id"])
 
 
-def training(up: Operated, seed: int) -> str:
+def training(up: Operated, seed: int, **fields: int) -> str:
     """Start a longer run, and wait until it trains and has a checkpoint of its own."""
     before = set(up.checkpoints())
-    overrides = {"pretrained": {**LONG["pretrained"], "seed": seed}}
+    overrides = {"pretrained": {**LONG["pretrained"], "seed": seed, **fields}}
     run = up.start("pretrain-flow", recipe=str(up.recipe), overrides=overrides)
     wait_for(lambda: set(up.checkpoints()) - before)
     return run
@@ -128,8 +128,9 @@ def test_changed_data_starts_a_run_that_builds_only_what_changed(up: Operated, f
 
 
 def test_a_cancelled_run_ends_every_rank_and_a_newer_run_goes_on_from_its_checkpoint(up: Operated, first: str) -> None:
-    run = training(up, seed=21)
-    overrides = {"pretrained": {**LONG["pretrained"], "seed": 21}}
+    fields = {"seed": 21, "num_steps": 1_500}  # it trains yet when the newer run has begun and the cancel arrives
+    run = training(up, **fields)
+    overrides = {"pretrained": {**LONG["pretrained"], **fields}}
     newer = up.start("everything-flow", recipe=str(up.recipe), overrides=overrides, until="pretrained")
     wait_for(lambda: up.state(newer) == "AwaitingTurn")
     assert "pretrained" in up.api(f"/flow_runs/{newer}", method="GET")["state"]["message"]
