@@ -157,12 +157,12 @@ def _load(path: Path, digest: Digest) -> Encoder:
 
 def start_encoder(path: Path, digest: Digest, num_threads: int) -> Encoder:
     """Load an encoder whose own threads, which it starts at its first use in a process, are at most ``num_threads``."""
+    encoder = encoder_for(path, digest)  # on all cores: two loads go on beside each other
     if not hasattr(os, "sched_setaffinity"):
-        return encoder_for(path, digest)
+        return encoder
     allowed = os.sched_getaffinity(0)
     os.sched_setaffinity(0, sorted(allowed)[:num_threads])  # fastokens heeds nothing else
     try:
-        encoder = encoder_for(path, digest)
         encoder.encode(["a"] * 2)
     except MismatchError:  # seen again, and told, in the first shard
         pass
