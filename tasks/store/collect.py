@@ -12,6 +12,7 @@ import logging
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import nullcontext
+from copy import copy
 from typing import TypeVar
 
 from tasks.store.bucket import Listed
@@ -38,6 +39,7 @@ from tasks.store.reach import Reach
 from tasks.store.shared import SharedStore
 from tasks.store.store import KIND, ArtifactStore
 from tasks.store.survey import SHARD, Group, Survey, groups
+from tasks.store.trim import Room
 
 log = logging.getLogger(__name__)
 
@@ -63,6 +65,9 @@ def collect_bucket(
     least_seconds, left_seconds: what the grace is, however short it is asked for; of leftovers.
     Raises StoreError where neither a pin nor a recorded run says what is needed: all of the bucket would go.
     """
+    # What is given back may be uploaded out of the cache: to make room there would be to wait for the gate that is held here.
+    store = copy(store)
+    store.room = Room(store.root, None)
     # The gate of the cache: nothing is trimmed of the manifests that are followed there.
     with nullcontext() if dry_run else store.lock("gc", Digest("bucket")), passing(store.root):
         survey = Survey(store, keep_last, grace_seconds, least_seconds)

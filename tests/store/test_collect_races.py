@@ -12,13 +12,13 @@ import pytest
 
 from tasks.errors import StoreError
 from tasks.machine import Machine
-from tasks.store import digest_json
+from tasks.store import SharedStore, digest_json
 from tasks.store.bucket import Bucket, Listed
-from tasks.store.collect import _Sweep
+from tasks.store.collect import _Sweep, collect_bucket
 from tasks.store.fate import condemn, decide, sentence_of
 from tasks.store.pins import pin, recorded_run
 from tasks.store.survey import Survey
-from tests.store.shared_build import BUILDS, WordSpec, build_word, spell
+from tests.store.shared_build import BUILDS, QUICK, WordSpec, build_word, spell
 from tests.store.test_collect import DAY, World, kinds
 
 LEAST = 7200.0
@@ -241,3 +241,25 @@ def test_a_listing_that_shows_what_is_condemned_takes_no_sentence_away(world: Wo
     again = world.run("abc", machine="another")
     assert (again.key, BUILDS) == (old.key, [])
     assert world["third"].damage(again, digests=True) is None
+
+
+@pytest.mark.timeout(30)
+def test_a_collector_whose_cache_is_bounded_does_not_wait_for_itself(world: World) -> None:
+    """What it gives back needs a shard whose upload was killed on its own machine: room is made for it in the cache."""
+    old = world.run("abc", machine="collector")
+    world.run("xyz")
+    world.pass_by(3)
+    world.collect()
+    pin(world["there"].notes, old)
+    entry = next(iter(old.shards()))
+    place = f"{entry.kind}/{entry.key}"
+    shutil.rmtree(world.bucket / place)
+    (world.bucket / f".trash/{place}.json").unlink()
+    cache = world["collector"].root
+    (cache / ".staging" / entry.kind).mkdir(parents=True, exist_ok=True)
+    (cache / place).rename(cache / ".staging" / place)
+    bounded = SharedStore(f"file://{world.bucket}", world.folder / "collector", claim_seconds=0.2, patience=QUICK, cache_bytes=1)
+    collect_bucket(bounded, keep_last=1, grace_seconds=DAY)
+    found = world["third"].find(old.kind, old.key)
+    assert found
+    assert world["third"].damage(found, digests=True) is None
