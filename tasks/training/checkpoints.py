@@ -61,15 +61,14 @@ def prune_checkpoints(root: Path, keep: int = NUM_KEPT) -> None:
     whole = [folder for folder in checkpoint_folders(root) if (folder / MANIFEST_NAME).is_file()]
     for folder in checkpoint_folders(root):
         if len(whole) >= keep and step_of(folder) < step_of(whole[keep - 1]):
-            # Its manifest first: a deletion cut short must not leave what looks whole.
-            (folder / MANIFEST_NAME).unlink(missing_ok=True)
-            shutil.rmtree(folder)
+            _remove(folder)
 
 
 def newest_checkpoint(root: Path, facts: dict[str, Any]) -> Path | None:
     """The newest checkpoint that is whole, digests and all; says which it passed over and why.
 
-    Raises StoreError, with the fields that differ, where it belongs to other data or another spec.
+    Raises StoreError, with the fields that differ, where it belongs to other data or another spec, and where there are some that
+    were sealed, of which none can be used.
     """
     for folder in checkpoint_folders(root):
         manifest, problem = verified(folder)
@@ -79,6 +78,10 @@ def newest_checkpoint(root: Path, facts: dict[str, Any]) -> Path | None:
         assert manifest
         check_facts(str(folder), str(root), manifest["facts"], facts)
         return folder
+    if newest_sealed(root):  # to begin anew would delete them, and it may be this machine that reads them wrong
+        raise StoreError(
+            f"{root}: none of its checkpoints can be used here; look at the warnings above, or delete it to start over"
+        )
     return None
 
 
@@ -91,7 +94,13 @@ def clear_torn(root: Path, newest: Path | None) -> None:
     """Delete what is newer than the checkpoint to resume from: torn, and about to be written again."""
     for folder in checkpoint_folders(root):
         if newest is None or step_of(folder) > step_of(newest):
-            shutil.rmtree(folder)
+            _remove(folder)
+
+
+def _remove(folder: Path) -> None:
+    # Its manifest first: a deletion cut short must not leave what looks whole.
+    (folder / MANIFEST_NAME).unlink(missing_ok=True)
+    shutil.rmtree(folder)
 
 
 def checkpoint_folders(root: Path) -> Iterator[Path]:

@@ -58,6 +58,18 @@ def test_a_torn_checkpoint_is_passed_over_and_named(
     assert reason in caplog.text
 
 
+def test_where_all_that_were_sealed_are_damaged_nothing_begins_anew(tmp_path: Path) -> None:
+    """To begin anew would delete them; it may be this machine that reads them wrong."""
+    for step in (1, 2):
+        (saved(tmp_path, step) / "trainer_state.json").write_bytes(b"[]")
+    (tmp_path / "checkpoint-3").mkdir()
+    with pytest.raises(StoreError, match=rf"^{tmp_path}: none of its checkpoints can be used; look at the warnings above, or"):
+        newest_checkpoint(tmp_path, FACTS)
+    for step in (1, 2):
+        (tmp_path / f"checkpoint-{step}" / "manifest.json").unlink()
+    assert newest_checkpoint(tmp_path, FACTS) is None
+
+
 def test_changed_data_is_refused(tmp_path: Path) -> None:
     saved(tmp_path, 5)
     expected = r"checkpoint-5: written with data dddddddddddd\.\.\. \(now eeeeeeeeeeee\.\.\.\); delete"
