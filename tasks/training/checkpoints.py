@@ -79,9 +79,7 @@ def newest_checkpoint(root: Path, facts: dict[str, Any]) -> Path | None:
         check_facts(str(folder), str(root), manifest["facts"], facts)
         return folder
     if newest_sealed(root):  # to begin anew would delete them, and it may be this machine that reads them wrong
-        raise StoreError(
-            f"{root}: none of its checkpoints can be used here; look at the warnings above, or delete it to start over"
-        )
+        raise StoreError(f"{root}: none of its checkpoints can be used; look at the warnings above, or delete it to start over")
     return None
 
 
