@@ -27,12 +27,14 @@ def pin(
     as_json: JsonOption = False,
 ) -> None:
     """Keep artifacts, with all that they were made from, whatever `gc` collects."""
+    from tasks.store.lease import passing
     from tasks.store.pins import pin as pin_artifact
     from tasks.store.pins import pins
 
     artifacts = load_settings(store=store).open_store()
-    for artifact in [artifacts.resolve(ref) for ref in refs or []]:
-        pin_artifact(artifacts.notes, artifact, note)
+    with passing(artifacts.root):  # no collector takes meanwhile what was there when it was looked up
+        for artifact in [artifacts.resolve(ref) for ref in refs or []]:
+            pin_artifact(artifacts.notes, artifact, note)
     found = pins(artifacts.notes)
     if as_json:
         print_json(found)

@@ -134,3 +134,11 @@ def test_only_what_nobody_used_for_so_long_and_a_try_changes_nothing(bucket: str
     assert trim(store.root, 0, unused_seconds=2 * HOUR) == tried
     assert cached(store) == ["b"]
     assert not (store.root / ".trimmed").exists()
+
+
+def test_a_range_of_what_is_trimmed_at_this_moment_comes_from_the_bucket(
+    bucket: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = build_word(opened(bucket, tmp_path), Machine(), WordSpec(word="a", num_bytes=999))
+    monkeypatch.setattr("tasks.store.fetched.is_whole", lambda path, entry: True)  # as it was until now
+    assert found.read("large/bytes", 3, 4) == b"aaaa"
