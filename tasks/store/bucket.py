@@ -18,6 +18,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import lru_cache, partial
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, TextIO, TypeVar
 from urllib.parse import unquote, urlsplit
@@ -49,6 +50,9 @@ ENDPOINT_OPTIONS: dict[str, Callable[[str], dict[str, Any]]] = {
     "az": lambda endpoint: {"endpoint": endpoint},
 }
 
+# A server that is away and an address or a credential that leads nowhere look the same from here.
+AWAY = "run again to go on, once it answers; where it never has, check the address and the credentials"
+
 T = TypeVar("T")
 
 
@@ -73,9 +77,14 @@ class Patience:
 
 
 class Bucket:
-    """One folder of an object store. Picklable: another process makes connections of its own."""
+    """One folder of an object store. Picklable: another process makes connections of its own.
+
+    Raises SettingsError where the client is not installed.
+    """
 
     def __init__(self, url: str, endpoint: str | None = None, patience: Patience | None = None) -> None:
+        if not find_spec("obstore"):
+            raise SettingsError(f"{url}: a shared store needs obstore; pip install 'seqmill[s3]'")
         self.url, self.endpoint, self.patience = url.rstrip("/"), endpoint, patience or Patience()
 
     @property
@@ -274,9 +283,7 @@ class Bucket:
             except (ex.BaseError, OSError) as error:
                 what = _in_one_line(error)
                 if isinstance(error, final) or number == self.patience.num_tries:
-                    hint = (
-                        "check its name, the credentials and their rights" if isinstance(error, final) else "run again to go on"
-                    )
+                    hint = "check its name, the credentials and their rights" if isinstance(error, final) else AWAY
                     raise StoreError(f"{self.url}/{name}: {what}; {hint}") from None
                 log.warning("%s/%s: %s; tried again", self.url, name, what)
                 time.sleep(self.patience.first_seconds * 2.0 ** (number - 1))
@@ -286,10 +293,8 @@ class Bucket:
 @lru_cache(maxsize=8)
 def connect(url: str, endpoint: str | None, patience: Patience) -> "ObjectStore":
     """A connection pool, kept for as long as the process lives. Credentials come from the environment alone."""
-    try:
-        from obstore.store import LocalStore, from_url
-    except ImportError:
-        raise SettingsError(f"{url}: a shared store needs obstore; pip install 'seqmill[s3]'") from None
+    from obstore.store import LocalStore, from_url
+
     parts = urlsplit(url)
     if parts.scheme == "file":
         return LocalStore(prefix=unquote(parts.path), mkdir=True)

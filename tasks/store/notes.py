@@ -62,9 +62,12 @@ class FolderNotes:
 
     def __init__(self, root: Path) -> None:
         self.root = root
+        self._began: dict[str, float] = {}
 
     def write(self, name: str, value: dict[str, Any]) -> None:
-        write_atomically(self.root / name, orjson.dumps(value, default=str))
+        write_atomically(self.root / name, _spelled(value, self._began.get(name)))
+        if name not in self._began:
+            self._began[name] = (self.root / name).stat().st_mtime
 
     def remove(self, name: str) -> bool:
         was_there = (self.root / name).exists()
@@ -94,7 +97,8 @@ class FolderNotes:
             _tell_unreadable(str(path), error, is_strict)
             return None
         value = _parsed(str(path), data, is_strict, is_sound)
-        return None if value is None else Note(str(path.relative_to(self.root)), value, written, len(data))
+        # One that tells no beginning is an earlier release's: of then its machine's clock alone is known.
+        return None if value is None else Note(str(path.relative_to(self.root)), _dated(value), written, len(data))
 
     def _paths(self, folder: Path) -> Iterator[Path]:
         # Not by glob, to which a folder that may not be read is an empty one.
@@ -108,15 +112,14 @@ class FolderNotes:
 
 
 class BucketNotes:
-    """Records as objects of a bucket. When a run "started" is told by the bucket's clock: machines' clocks differ."""
+    """Records as objects of a bucket."""
 
     def __init__(self, bucket: Bucket) -> None:
         self.bucket = bucket
         self._began: dict[str, float | None] = {}
 
     def write(self, name: str, value: dict[str, Any]) -> None:
-        began = self._began.get(name)
-        self.bucket.put(name, orjson.dumps({**value, "began": began} if began else value, default=str))
+        self.bucket.put(name, _spelled(value, self._began.get(name)))
         if name not in self._began:
             self._began[name] = self.bucket.modified(name)
 
@@ -141,12 +144,19 @@ class BucketNotes:
         if (found := self.bucket.dated(name)) is None:
             return None
         value = _parsed(f"{self.bucket.url}/{name}", found[0], is_strict, is_sound)
-        if value is None:
-            return None
-        if "started" in value:
-            began = value.pop("began", None) or found[1]
-            value["started"] = datetime.fromtimestamp(began, UTC).isoformat(timespec="microseconds")
-        return Note(name, value, found[1], len(found[0]))
+        return None if value is None else Note(name, _dated(value, found[1]), found[1], len(found[0]))
+
+
+def _spelled(value: dict[str, Any], began: float | None) -> bytes:
+    return orjson.dumps({**value, "began": began} if began else value, default=str)
+
+
+def _dated(value: dict[str, Any], written: float | None = None) -> dict[str, Any]:
+    """A record whose run "started" by the clock that dates the store: machines' clocks differ."""
+    began = value.pop("began", None) or written
+    if began and "started" in value:
+        value["started"] = datetime.fromtimestamp(began, UTC).isoformat(timespec="microseconds")
+    return value
 
 
 def _parsed(where: str, data: bytes, is_strict: bool, is_sound: Sound) -> dict[str, Any] | None:

@@ -149,8 +149,8 @@ def _is_pin(value: Mapping[str, Any]) -> bool:
 
 
 def _is_run(value: Mapping[str, Any]) -> bool:
-    refs = value.get("refs", {})
-    return isinstance(refs, dict) and all(isinstance(ref, str) for ref in refs.values())
+    refs, is_dated = value.get("refs", {}), isinstance(value.get("began") or 0.0, float | int)
+    return is_dated and isinstance(refs, dict) and all(isinstance(ref, str) for ref in refs.values())
 
 
 def _overrides(run: Mapping[str, Any]) -> bytes:

@@ -124,7 +124,10 @@ def test_a_pin_that_names_nothing_stops_the_collector(store: ArtifactStore, tmp_
         gc(store, tmp_path)
 
 
-@pytest.mark.parametrize("text", ["null", '{"recipe": "mine", "refs": ["letters/1"]}', '{"refs": {"letters": 1}}'])
+@pytest.mark.parametrize(
+    "text",
+    ["null", '{"recipe": "mine", "refs": ["letters/1"]}', '{"refs": {"letters": 1}}', '{"started": "now", "began": "now"}'],
+)
 def test_a_run_that_names_nothing_stops_the_collector(store: ArtifactStore, tmp_path: Path, text: str) -> None:
     recorded(store, "abc")
     (at(store) / ".runs/1.json").write_text(text)
