@@ -5,7 +5,7 @@ import sys
 import typer
 from rich.markup import escape
 
-from flows.commands import artifacts, joining, keeping, lineage, models, operating, running
+from flows.commands import artifacts, here, joining, keeping, lineage, models, operating, running
 from flows.console import err
 from tasks.errors import SeqmillError
 
@@ -15,7 +15,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-for module in (running, joining, artifacts, lineage, keeping, models, operating):
+for module in (running, here, joining, artifacts, lineage, keeping, models, operating):
     app.add_typer(module.commands)
 
 

@@ -4,6 +4,7 @@ Every field may be set as SEQMILL_<NAME> in the environment, or as an option of 
 """
 
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -31,6 +32,7 @@ from tasks.training.plan import num_cores
 ENV_PREFIX = "SEQMILL_"
 LOOPBACK = "127.0.0.1"
 AUTO = "auto"  # the cheapest preset that fits
+LIKE_A_URL = re.compile(r"[a-zA-Z][a-zA-Z0-9+.-]+:/")  # a slash too few, too: it would make a folder of that name
 SECRETS = {"tokens", "rendezvous_secret"}  # from the environment alone, where they are
 
 
@@ -101,8 +103,11 @@ class Settings(BaseSettings):
     @classmethod
     def _read_store(cls, value: Any) -> Any:
         if isinstance(value, str) and is_url(value):
+            parts = urlsplit(value)
+            if not (parts.netloc or parts.scheme == "file"):
+                raise ValueError(f"names no bucket; write {parts.scheme}://bucket/prefix")
             return value
-        if "://" in str(value):
+        if LIKE_A_URL.match(str(value)):
             raise ValueError("is the address of no store; name a folder, or s3://, gs://, az:// or file://")
         return Path(value)
 
@@ -191,12 +196,12 @@ def load_settings(**given: Any) -> Settings:
     try:
         settings = Settings(**{name: value for name, value in given.items() if value is not None})
     except pydantic_settings.SettingsError as error:  # SEQMILL_TOKENS that is no JSON: it is not repeated
-        raise SettingsError(f"settings: {error}; see seqmill run --help") from None
+        raise SettingsError(f"settings: {error}; see seqmill settings") from None
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"])
         raise SettingsError(
-            f"settings: {where}: {first['msg'].lower()}, found {first['input']!r}; see seqmill run --help"
+            f"settings: {where}: {first['msg'].lower()}, found {first['input']!r}; see seqmill settings"
         ) from None
     found = next(path for path in (settings.store_root, *settings.store_root.parents) if path.exists())
     if not found.is_dir():

@@ -29,6 +29,11 @@ def list_artifacts(
     if as_json:
         print_json(rows)
         return
+    if not rows:
+        kinds = ", ".join(artifacts.kinds()) if kind else ""
+        has = f"; it has {kinds}" if kinds else ""
+        out.print(escape(f"{artifacts.address}: no {kind or 'artifact'} in the store{has}"), soft_wrap=True, highlight=False)
+        return
     print_table(
         ["kind", "key", "content", "created", "size"],
         [[row["kind"], row["key"][:12], row["content"][:12], row["created"], size(row["num_bytes"])] for row in rows],

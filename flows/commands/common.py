@@ -12,7 +12,7 @@ from flows.console import out
 
 RecipeArgument = Annotated[str, typer.Argument(help="a recipe's name, or the path of its YAML file")]
 StoreOption = Annotated[
-    str | None, typer.Option("--store", help="folder of all artifacts, or s3://... [env SEQMILL_STORE]", show_default=False)
+    str | None, typer.Option("--store", help="folder of all artifacts, or s3://... (SEQMILL_STORE)", show_default=False)
 ]
 SetOption = Annotated[
     list[str] | None, typer.Option("--set", help="override a recipe's field: blocks.block_size=1024", show_default=False)

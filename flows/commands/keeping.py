@@ -73,12 +73,14 @@ def gc(
     if as_json:
         print_json(collected.row())
         return
-    print_table(
-        ["collected", "number", "size"], [[taken.what, f"{taken.number:,}", size(taken.num_bytes)] for taken in collected.taken]
-    )
+    if collected.taken:
+        rows = [[taken.what, f"{taken.number:,}", size(taken.num_bytes)] for taken in collected.taken]
+        print_table(["collected", "number", "size"], rows)
     if collected.deleted:
         rows = [[gone.what, f"{gone.number:,}", size(gone.num_bytes)] for gone in collected.deleted]
         print_table(["deleted", "number", "size"], rows)
+    if collected.grace_seconds > grace * HOUR:
+        _say(f"grace: {duration(collected.grace_seconds)}, the least of a store in a bucket, in place of {grace:g} hours")
     would = "would be " if dry_run else ""
     _say(f"{size(collected.taken_bytes)} {would}moved to the trash; {size(collected.deleted_bytes)} {would}deleted")
     kept = f"{collected.num_kept:,} artifacts and shards kept"

@@ -58,3 +58,21 @@ def test_a_cache_has_a_bound_where_one_is_set_and_trim_empties_it(tmp_path: Path
         assert result.exit_code == 0
         assert word.folder.exists() == is_there
     assert build_word(store, Machine(), WordSpec(word="abc")).found
+
+
+@pytest.mark.parametrize(
+    ("store", "told"),
+    [
+        ("s3://", r"store: .*names no bucket; write s3://bucket/prefix"),
+        ("s3:/bucket/prefix", r"store: .*is the address of no store"),
+    ],
+)
+def test_an_address_that_lacks_a_bucket_or_a_slash_is_refused_and_makes_no_folder(store: str, told: str) -> None:
+    with pytest.raises(SettingsError, match=told):
+        load_settings(store=store)
+
+
+def test_a_shared_store_without_its_client_says_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tasks.store.bucket.find_spec", lambda _: None)
+    with pytest.raises(SettingsError, match=r"s3://bucket/prefix: a shared store needs obstore; pip install 'seqmill\[s3\]'"):
+        load_settings(store=URL, cache=tmp_path).open_store()
