@@ -31,7 +31,7 @@ from tasks.training.nodes.nodes import CHECKPOINTS, STORE, Launch
 from tasks.training.nodes.release import release
 from tasks.training.nodes.secret import introduce
 from tasks.training.nodes.wire import Message, Wire
-from tasks.training.preparing import Preparing
+from tasks.training.preparing import Preparing, own_error
 from tasks.training.run import WORKER
 from tasks.training.share import DamagedPartError, own_folder
 
@@ -196,10 +196,9 @@ class Node:
             command = agent_command(launch.command(WORKER, plan_path), self.settings, launch.environment())
             # By this thread, which lives as long as this process: ranks die with the thread that started them.
             process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
-        except OSError as error:
-            where = error.filename or folder.name
-            self._fail(party, WorkerError(f"{platform.node()}: {where}: {error.strerror or error}; mend that and run again"))
+        except (OSError, SeqmillError) as error:
             folder.cleanup()
+            self._fail(party, error if isinstance(error, SeqmillError) else own_error(error, folder.name))
             return
         log.info("%s: %d of %d ranks", plan["label"], launch.ranks[launch.node], sum(launch.ranks))
         self.process = process
@@ -213,6 +212,9 @@ class Node:
             with folder, arrivals:
                 for line in ranks_lines(process, lambda: False):
                     self.wire.send({"say": "line", "party": party, "text": line})
+        except Exception:
+            log.exception("the ranks are not heard any more, and ended")
+            process.kill()
         finally:  # whatever it is: the node that leads waits for it
             self.wire.send({"say": "ended", "party": party, "code": process.wait()})
         if self.is_going:

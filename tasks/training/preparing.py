@@ -18,7 +18,7 @@ from tasks.store import ArtifactStore
 from tasks.training.arrivals import Arrivals
 from tasks.training.nodes.nodes import CHECKPOINTS, localized
 from tasks.training.nodes.wire import Message
-from tasks.training.share import Share, await_sight
+from tasks.training.share import Share, is_seen
 from tasks.training.uploads import EndedError
 
 log = logging.getLogger(__name__)
@@ -69,8 +69,7 @@ class Preparing:
         except SeqmillError as error:
             self._fail(error)
         except OSError as error:
-            where = error.filename or self.store.root
-            self._fail(StoreError(f"{platform.node()}: {where}: {error.strerror or error}; mend that and run again"))
+            self._fail(own_error(error, self.store.root))
         except Exception as error:  # whatever it is: the node that leads waits for this one
             log.exception("%s", error)
             self._fail(WorkerError(f"{platform.node()}: {type(error).__name__}: {error}; its log says where"))
@@ -95,11 +94,19 @@ class Preparing:
         else:
             read = localized(told, self.roots)
             plan = read["plan"]
-            await_sight(Path(read["seen"]))
+            if not is_seen(sign := Path(read["seen"])):
+                raise SettingsError(
+                    f"{platform.node()}: {sign} is not there, which the node that leads has made; give all nodes the same "
+                    "folder, as the store or as SEQMILL_CHECKPOINTS"
+                )
         arrivals = Arrivals(self.store, plan, self.ranks)
-        folder = plan["model"]["folder"]
-        if folder and not Path(folder).is_dir():
+        if (folder := plan["model"]["folder"]) and not is_seen(Path(folder)):
             raise SettingsError(
                 f"{platform.node()}: {folder} is not there, from which the model starts; mount it at the same path on all nodes"
             )
         return {**plan, "is_arriving": arrivals.is_needed}, arrivals
+
+
+def own_error(error: OSError, where: Path | str) -> StoreError:
+    """What a file system of this node refuses, as the node that leads tells it."""
+    return StoreError(f"{platform.node()}: {error.filename or where}: {error.strerror or error}; mend that and run again")

@@ -247,7 +247,7 @@ class RemoteCheckpoints:
 
         Nothing is left of it in ``folder``.
         """
-        kept = next((one for one in self.kept() if one.step == step and name in one.files), None)
+        kept = next((one for one in self._current() if one.step == step and name in one.files), None)
         if kept is None:
             return f"{name} is in no checkpoint"
         with tempfile.TemporaryDirectory(prefix=".reread-", dir=folder) as scratch:

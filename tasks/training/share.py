@@ -100,16 +100,14 @@ class Share:
         self.is_ended = True
 
 
-def await_sight(sign: Path) -> None:
-    """See, in a folder that all nodes mount, what the node that leads has left there. Raises SettingsError."""
+def is_seen(path: Path) -> bool:
+    """Whether something lies in a folder that nodes mount, where the node that leads may just have made it."""
     deadline = time.monotonic() + SIGHT_SECONDS
-    while not sign.exists():
+    while not path.exists():
         if time.monotonic() > deadline:
-            raise SettingsError(
-                f"{platform.node()}: {sign} is not there, which the node that leads has made; give all nodes the same folder, "
-                "as the store or as SEQMILL_CHECKPOINTS"
-            )
+            return False
         time.sleep(0.1)
+    return True
 
 
 @contextmanager

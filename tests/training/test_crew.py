@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from tasks.errors import SettingsError, StoppedError, StoreError, WorkerError
+from tasks.errors import SeqmillError, SettingsError, StoppedError, StoreError, WorkerError
 from tasks.machine import Nodes, TrainingSettings
 from tasks.store import ArtifactStore
 from tasks.training import share
@@ -426,6 +426,17 @@ def test_a_folder_that_is_not_the_same_on_all_nodes_is_refused(tmp_path: Path, m
     assert failure
     assert f"{tmp_path}/checkpoints/.seen-1 is not there" in failure["text"]
     assert end == {"say": "ended", "party": 4, "code": 1}
+
+
+def test_a_model_that_only_the_node_that_leads_has_is_told_of(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(share, "SIGHT_SECONDS", 0.0)
+    (tmp_path / "seen").touch()
+    failures: list[SeqmillError] = []
+    plan = {"model": {"folder": "/of/node/0/alone"}, "validation_files": []}
+    message = {"party": 1, "node": 1, "ranks": [1, 1], "plan": plan, "seen": "store:seen"}
+    roots = {"store": tmp_path}
+    Preparing(ArtifactStore(tmp_path), roots, None, message, on_ready=pytest.fail, on_failure=failures.append).join()
+    assert "/of/node/0/alone is not there, from which the model starts; mount it at the same path" in str(failures[0])
 
 
 def connected() -> tuple[socket.socket, socket.socket]:
