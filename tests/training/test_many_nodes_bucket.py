@@ -2,7 +2,9 @@
 
 import shutil
 import signal
+import subprocess
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -164,6 +166,34 @@ def test_the_node_that_leads_loses_its_machine_and_another_with_an_empty_disk_go
     told = training.end(0, 0)
     assert (told["num_ranks"], is_resumed(told)) == (2, True)
     assert_equal(told["losses"], unbroken)
+
+
+@contextmanager
+def small_disk(folder: Path) -> Iterator[None]:
+    """A file system of 64 KB: less than a rank's part of a checkpoint takes."""
+    folder.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64k", "none", str(folder)], check=True)
+    try:
+        yield
+    finally:
+        subprocess.run(["umount", "--lazy", str(folder)], check=True)
+
+
+def test_a_node_whose_disk_has_no_room_for_its_part_is_named_with_what_to_do(train: Any) -> None:
+    training = train(2, "zero3")
+    training.await_that(training.kept, "a checkpoint in the bucket")
+    for node in (0, 1):
+        training.kill(node)
+        training.processes[node].wait(PATIENCE_SECONDS)
+    with small_disk(training.folder / "cache-small"):
+        training.processes = {0: training.start(0, cache="cache-new"), 1: training.start(1, cache="cache-small")}
+        codes = [process.wait(PATIENCE_SECONDS) for process in training.processes.values()]
+    assert codes == [1, 0]  # of the error that nothing there catches; node 1 is let go
+    assert (
+        "No space left on device; make room there, or name another cache in SEQMILL_CACHE, and run again to go on"
+        in training.log(0)
+    )
+    assert training.kept()
 
 
 def save_model(folder: Path) -> None:
