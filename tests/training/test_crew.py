@@ -180,6 +180,29 @@ def test_a_node_that_is_told_to_stop_while_it_prepares_says_so_at_once(tmp_path:
     assert served.process is None
 
 
+def test_a_node_that_is_told_to_end_while_it_prepares_leaves_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    leader, node = (Wire(end) for end in connected())
+    begun, goes_on = threading.Event(), threading.Event()
+
+    def prepare_slowly(self: Preparing) -> Any:
+        begun.set()
+        assert goes_on.wait(20)
+        return {}, None
+
+    monkeypatch.setattr(Preparing, "_bring", prepare_slowly)
+    served = Node(node, ArtifactStore(tmp_path), TrainingSettings(), {"store": tmp_path})
+    thread = threading.Thread(target=served.serve)
+    thread.start()
+    leader.send({"say": "run", "party": 4, "node": 1, "ranks": [1, 1], "plan": {}})
+    assert begun.wait(20)
+    served.ask_to_go()
+    thread.join(10)
+    assert not thread.is_alive()
+    assert (leader.receive(10) or {})["say"] == "going"
+    assert leader.receive(10) is None
+    goes_on.set()
+
+
 def test_a_node_says_what_nobody_foresaw_while_it_prepared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     leader, node = (Wire(end) for end in connected())
 
