@@ -12,6 +12,7 @@ import logging
 import sys
 import time
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -24,8 +25,9 @@ from tasks.errors import CorpusError
 from tasks.store import write_atomically
 from tasks.training.adapters.virtual import positions_left
 from tasks.training.evaluation import EvaluatorPlan, labels_of, read_blocks, read_held_out
+from tasks.training.framing import Frame, answer_ids, frame_of
 from tasks.training.generate import LanguageModel, continue_text, greedy_answers, load_language_model
-from tasks.training.likelihood import answer_losses, label_losses
+from tasks.training.likelihood import LOGITS_BYTES, answer_losses, label_losses
 from tasks.training.loss import summed_loss
 from tasks.training.rank import report_metrics
 from tasks.training.speed import decoding_speed
@@ -33,8 +35,6 @@ from tasks.training.speed import decoding_speed
 log = logging.getLogger(__name__)
 
 ANSWERS_PER_BATCH = 64
-# Logits of one forward, in float32; a row of 2,048 positions over a vocabulary of 151,936 takes 1.2 GB by itself.
-LOGITS_BYTES = 512 << 20
 
 
 def evaluate(plan: EvaluatorPlan) -> None:
@@ -123,47 +123,63 @@ def held_out_answers(loaded: LanguageModel, path: Path, plan: EvaluatorPlan) -> 
     fitting = [row for row in rows if len(row["prompt_ids"]) + max_new_tokens <= limit]
     _report_rows(len(rows) - len(fitting))
     prompts = [row["prompt_ids"] for row in fitting]
+    if plan.end_marker is not None:  # which a base that was never asked need not know as an end
+        loaded = replace(loaded, stop_ids=loaded.stop_ids | {plan.end_marker})
     answers = iter(greedy_answers(loaded, prompts, max_new_tokens, ANSWERS_PER_BATCH, _report_rows))
-    likelihoods = response_likelihoods(loaded, rows, plan.end_marker)
+    template = Path(plan.template_file).read_text(encoding="utf-8") if plan.template_file else None
+    likelihoods = response_likelihoods(loaded, rows, plan.end_marker, template)
     return [
         {
             "prompt": loaded.decode(row["prompt_ids"], special=True),
             "response": row["response"],
-            "answer": loaded.decode(next(answers)).strip() if len(row["prompt_ids"]) + max_new_tokens <= limit else None,
+            "answer": as_written(loaded, row["response"], loaded.decode(next(answers)).strip())
+            if len(row["prompt_ids"]) + max_new_tokens <= limit
+            else None,
             **likelihood,
         }
         for row, likelihood in zip(rows, likelihoods, strict=True)
     ]
 
 
-def response_likelihoods(loaded: LanguageModel, rows: Sequence[dict[str, Any]], end_marker: int | None) -> list[dict[str, Any]]:
+def response_likelihoods(
+    loaded: LanguageModel, rows: Sequence[dict[str, Any]], end_marker: int | None, template: str | None = None
+) -> list[dict[str, Any]]:
     """For every row {"likely", "loss", "num_tokens"}: the likeliest label, and the response's own loss.
 
     Where the responses are few and so labels, all of them are tried behind each prompt; else only the row's own.
+    template: the chat template of the examples; what it sets around an answer was learned with it.
     """
-    labels = labels_of(row["response"] for row in rows)
-    ids = {text: encoded_answer(loaded, text, end_marker) for text in {row["response"].strip() for row in rows}}
+    labels, frame = labels_of(row["response"] for row in rows), frame_by(loaded, end_marker, template)
+    responses = {row["response"].strip() for row in rows}
+    ids = {text: answer_ids(loaded.tokenizer, text, frame) for text in responses}
     longest = max(map(len, ids.values())) if labels else 0
     told: list[dict[str, Any]] = [{"likely": None, "loss": 0.0, "num_tokens": 0} for _ in rows]
     asked = [place for place, row in enumerate(rows) if _has_room(loaded, row, longest or len(ids[row["response"].strip()]))]
     prompts = [rows[place]["prompt_ids"] for place in asked]
-    responses = [rows[place]["response"].strip() for place in asked]
+    expected = [rows[place]["response"].strip() for place in asked]
     if labels:
         losses = label_losses(loaded.model, prompts, [ids[text] for text in labels], ANSWERS_PER_BATCH)
         likely: list[str | None] = [labels[min(range(len(labels)), key=of.__getitem__)] for of in losses]
-        own = [of[labels.index(response)] for of, response in zip(losses, responses, strict=True)]
+        own = [of[labels.index(response)] for of, response in zip(losses, expected, strict=True)]
     else:
         likely = [None] * len(asked)
-        own = answer_losses(loaded.model, prompts, [ids[response] for response in responses], ANSWERS_PER_BATCH)
-    for place, response, label, loss in zip(asked, responses, likely, own, strict=True):
+        own = answer_losses(loaded.model, prompts, [ids[response] for response in expected], ANSWERS_PER_BATCH)
+    for place, response, label, loss in zip(asked, expected, likely, own, strict=True):
         told[place] = {"likely": label, "loss": loss, "num_tokens": len(ids[response])}
     return told
 
 
-def encoded_answer(loaded: LanguageModel, text: str, end_marker: int | None) -> list[int]:
-    """The ids of an answer, its end marker included."""
-    ids = list(loaded.tokenizer.encode(text, add_special_tokens=False))
-    return ids if end_marker is None else [*ids, end_marker]
+def frame_by(loaded: LanguageModel, end_marker: int | None, template: str | None) -> Frame:
+    """How the template sets an answer; without one, or with one that tells nothing, ``end_marker`` stands behind the words."""
+    if template and (frame := frame_of(loaded.tokenizer, template)):
+        return frame
+    return Frame("", "", "" if end_marker is None else loaded.decode([end_marker], special=True), end_marker)
+
+
+def as_written(loaded: LanguageModel, response: str, answer: str) -> str:
+    """The answer; or the response, where it is the response as the tokenizer writes it, such as in another Unicode form."""
+    ids = loaded.tokenizer.encode(response.strip(), add_special_tokens=False)
+    return response.strip() if answer == loaded.decode(ids).strip() else answer
 
 
 def _has_room(loaded: LanguageModel, row: dict[str, Any], num_tokens: int) -> bool:

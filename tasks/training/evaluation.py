@@ -80,6 +80,7 @@ class EvaluatorPlan:
     examples_file: str | None
     num_examples_rows: int
     end_marker: int | None  # what closes an answer
+    template_file: str | None  # the chat template that the examples were made with
     spec: dict[str, Any]
     result_path: str
 
@@ -89,7 +90,7 @@ def identify_source(spec: EvaluationSpec, store: ArtifactStore, machine: Machine
     return identify_tasks(spec.harness, store)
 
 
-@stage("evaluation", revision=2, identify_source=identify_source)
+@stage("evaluation", revision=3, identify_source=identify_source)
 def build_evaluation(
     work: Work,
     spec: EvaluationSpec,
@@ -138,7 +139,7 @@ def evaluator_plan(
 ) -> EvaluatorPlan:
     """The plan of one evaluation; its result goes to ``folder``."""
     model_dir, adapter_dir = adapted_folders(model, adapter) if adapter else (model.path, None)
-    held_out, rows = (_file(examples, name) for name in ("held-out.arrow", "validation.arrow"))
+    held_out, rows, template = (_file(examples, name) for name in ("held-out.arrow", "validation.arrow", "chat_template.jinja"))
     # Several where the template closes a call of a tool otherwise; that of a plain answer stands first.
     end_markers = examples.stats.get("end_markers", {}) if examples else {}
     return EvaluatorPlan(
@@ -153,6 +154,7 @@ def evaluator_plan(
         examples_file=str(rows) if rows else None,
         num_examples_rows=_least(count_rows(rows) if rows else 0, spec.max_validation_blocks),
         end_marker=next(iter(end_markers.values()), None),
+        template_file=str(template) if template else None,
         spec=spec.model_dump(mode="json"),
         result_path=str(folder / "result.json"),
     )

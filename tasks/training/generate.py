@@ -21,6 +21,7 @@ from jinja2 import TemplateError
 
 from tasks.errors import CorpusError, RecipeError
 from tasks.training.adapters.virtual import as_called, positions_left
+from tasks.training.framing import frame_of
 
 log = logging.getLogger(__name__)
 
@@ -46,11 +47,13 @@ class LanguageModel:
     def encode(self, prompt: str, chat: bool) -> list[int]:
         """The ids that the model continues: ``prompt`` as it stands, or as a user's turn through the chat template.
 
-        An empty prompt becomes one end id, behind which a document begins.
+        An empty prompt becomes one end id, behind which a document begins; RecipeError where the model knows none.
         """
         if chat:
             return self.encode_turns([{"role": "user", "content": prompt}])
-        return list(self.tokenizer.encode(prompt)) or sorted(self.stop_ids)[:1]
+        if ids := list(self.tokenizer.encode(prompt)) or sorted(self.stop_ids)[:1]:
+            return ids
+        raise RecipeError("prompt: empty, and the model knows no end of a document to begin behind; give a text")
 
     def encode_turns(self, turns: Sequence[Turn]) -> list[int]:
         """The ids of a conversation through the chat template, up to where the model is to speak.
@@ -80,14 +83,15 @@ def load_language_model(model_dir: Path, adapter_dir: Path | None = None, dtype:
 
     Raises CorpusError where a folder is not such a model.
     """
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
     from transformers.utils.logging import disable_progress_bar
 
     disable_progress_bar()  # of loading weights: seconds, on the stream that the text goes to
     has_own_tokenizer = adapter_dir is not None and (adapter_dir / "tokenizer.json").exists()
     try:
-        tokenizer = AutoTokenizer.from_pretrained(
-            adapter_dir if has_own_tokenizer else model_dir, local_files_only=True, trust_remote_code=False
+        # tokenizer.json as it stands, by which the rows were made: AutoTokenizer has rules of its own for some types of model.
+        tokenizer = PreTrainedTokenizerFast.from_pretrained(
+            adapter_dir if has_own_tokenizer else model_dir, local_files_only=True
         )
         model = AutoModelForCausalLM.from_pretrained(
             model_dir, local_files_only=True, use_safetensors=True, trust_remote_code=False, dtype=getattr(torch, dtype)
@@ -297,10 +301,14 @@ class Decoding:
 
 
 def _stop_ids(model: Any, tokenizer: Any) -> frozenset[int]:
-    """What ends a text: the end ids of the folder's generation config and tokenizer, and ChatML's end of a turn."""
+    """What ends a text: the end ids of the folder's generation config and tokenizer, and what closes an answer.
+
+    An adapter's base need not know that: its generation config is that of a model which was never asked.
+    """
     configured = model.generation_config.eos_token_id
     ids = {*(configured if isinstance(configured, list) else [configured]), tokenizer.eos_token_id}
     ids.add(tokenizer.get_vocab().get(END_OF_TURN))
+    ids.add(frame.end_id if (frame := frame_of(tokenizer)) else None)
     return frozenset(found for found in ids if found is not None)
 
 

@@ -14,6 +14,9 @@ import torch
 from tasks.training.generate import Decoding, batches_by_length
 from tasks.training.loss import row_loss
 
+# Logits of one forward, in float32; a row of 2,048 positions over a vocabulary of 151,936 takes 1.2 GB by itself.
+LOGITS_BYTES = 512 << 20
+
 
 @torch.inference_mode()
 def answer_losses(model: Any, prompts: Sequence[Sequence[int]], answers: Sequence[Sequence[int]], batch_size: int) -> list[float]:
@@ -21,9 +24,14 @@ def answer_losses(model: Any, prompts: Sequence[Sequence[int]], answers: Sequenc
     losses = [0.0] * len(prompts)
     lengths = [len(prompt) + len(answer) for prompt, answer in zip(prompts, answers, strict=True)]
     for rows in batches_by_length(lengths, batch_size):
-        found = _batch_losses(model, [prompts[row] for row in rows], [answers[row] for row in rows])
-        for row, loss in zip(rows, found, strict=True):
-            losses[row] = loss
+        # Of every position from before the first answer on.
+        num_positions = max(lengths[row] for row in rows) - min(len(prompts[row]) for row in rows) + 1
+        at_once = max(1, LOGITS_BYTES // (4 * num_positions * model.config.vocab_size))
+        for first in range(0, len(rows), at_once):
+            some = rows[first : first + at_once]
+            found = _batch_losses(model, [prompts[row] for row in some], [answers[row] for row in some])
+            for row, loss in zip(some, found, strict=True):
+                losses[row] = loss
     return losses
 
 

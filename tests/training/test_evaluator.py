@@ -8,16 +8,20 @@ import orjson
 import pyarrow as pa
 import pytest
 import torch
+from tokenizers import normalizers
+from transformers import PreTrainedTokenizerFast
 
 from tasks.errors import CorpusError
 from tasks.machine import Machine
 from tasks.schemas import HELD_OUT, IGNORED_LABEL, blocks_schema, examples_schema
 from tasks.store import Artifact, ArtifactStore, Built, Spec, Work, shard_entry, stage
-from tasks.training.evaluate import blocks_per_batch, evaluate, response_likelihoods, validate, validate_examples
+from tasks.training.evaluate import as_written, blocks_per_batch, evaluate, response_likelihoods, validate, validate_examples
 from tasks.training.evaluation import EvaluationSpec, build_evaluation, evaluation_of, evaluator_plan
+from tasks.training.framing import Frame, answer_ids, frame_of
 from tasks.training.generate import load_language_model
 from tasks.training.likelihood import answer_losses, label_losses
-from tests.training.tiny import END_ID, VOCAB_SIZE, FolderSpec, build_tiny_model, save_tiny_adapter
+from tests.training.test_generate import sentence_tokenizer
+from tests.training.tiny import CHATML, END_ID, VOCAB_SIZE, FolderSpec, build_tiny_model, save_tiny_adapter
 
 BLOCK_SIZE = 16
 
@@ -165,6 +169,67 @@ def test_a_prompt_that_leaves_no_room_has_no_likeliest_label_and_no_loss(inputs:
     loaded = load_language_model(inputs["model"].path)
     rows = [{"prompt_ids": [1] * 64, "response": "a"}, {"prompt_ids": [3], "response": "b"}]
     assert response_likelihoods(loaded, rows, 258)[0] == {"likely": None, "loss": 0.0, "num_tokens": 0}
+
+
+# As Mistral and Llama 2: blanks around the words, the first of which the model is not asked with.
+BLANKS = (
+    "{% for message in messages %}{% if message.role == 'user' %}[INST] {{ message.content }} [/INST]"
+    "{% else %} {{ message.content }} <|im_end|>{% endif %}{% endfor %}"
+)
+
+
+def test_an_answer_is_the_ids_that_its_template_taught_the_blanks_around_the_words_too(inputs: dict[str, Artifact]) -> None:
+    loaded = load_language_model(inputs["model"].path)
+    asked = {"prompt_ids": list(b"[INST] ab [/INST]"), "response": "x"}
+    taught = [*b" x ", 258]
+    loss = answer_losses(loaded.model, [asked["prompt_ids"]], [taught], 1)[0]
+    told = response_likelihoods(loaded, [asked], 258, BLANKS)[0]
+    assert told["num_tokens"] == len(taught)
+    assert told["loss"] == pytest.approx(loss, rel=1e-5)
+
+
+def test_an_answer_is_tokenized_behind_what_opens_it() -> None:
+    tokenizer = sentence_tokenizer()  # writes a blank before a text that stands alone
+    wrapped = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|endoftext|>")
+    frame = frame_of(wrapped, CHATML)
+    assert frame == Frame("<|im_start|>assistant\n", "", "<|im_end|>", tokenizer.token_to_id("<|im_end|>"))
+    opening, whole = (
+        tokenizer.encode(text, add_special_tokens=False).ids for text in (frame.opening, f"{frame.opening}好<|im_end|>")
+    )
+    assert answer_ids(wrapped, "好", frame) == whole[len(opening) :]
+    assert answer_ids(wrapped, "好", frame._replace(opening="")) != whole[len(opening) :]
+
+
+def test_an_answer_that_the_tokenizer_writes_otherwise_is_right_as_it_writes_it(
+    inputs: dict[str, Artifact],
+) -> None:
+    loaded = load_language_model(inputs["model"].path)
+    loaded.tokenizer.backend_tokenizer.normalizer = normalizers.NFKC()
+    rows = [
+        {"prompt_ids": [1], "response": "ＡＢ"},
+        {"prompt_ids": [2], "response": "ＡＢ"},
+        {"prompt_ids": [3], "response": "x"},
+    ]
+    said = iter(["AB", "A", "AB"])
+    assert [as_written(loaded, row["response"], next(said)) for row in rows] == ["ＡＢ", "A", "AB"]
+
+
+def test_long_answers_make_smaller_batches_of_losses(inputs: dict[str, Artifact], monkeypatch: pytest.MonkeyPatch) -> None:
+    loaded = load_language_model(inputs["model"].path)
+    prompts, answers = [[1, 2, 3], [4], [9, 9]], [[7] * 20, [5, 6, 258], [8, 258]]
+    at_once = answer_losses(loaded.model, prompts, answers, batch_size=3)
+    shapes: list[torch.Size] = []
+    forward = loaded.model.forward
+
+    def watched(**inputs: torch.Tensor) -> torch.Tensor:
+        told = forward(**inputs)
+        shapes.append(told.logits.shape)
+        return told
+
+    monkeypatch.setattr(loaded.model, "forward", watched)
+    monkeypatch.setattr("tasks.training.likelihood.LOGITS_BYTES", 4 * 22 * VOCAB_SIZE)
+    assert answer_losses(loaded.model, prompts, answers, batch_size=3) == pytest.approx(at_once, rel=1e-5)
+    assert all(shape.numel() * 4 <= 4 * 22 * VOCAB_SIZE for shape in shapes)
 
 
 def test_packed_examples_are_measured_by_their_supervised_tokens_each_example_by_itself(

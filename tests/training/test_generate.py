@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from tasks.errors import CorpusError, RecipeError
 from tasks.training.generate import (
@@ -20,7 +21,7 @@ from tasks.training.generate import (
     sample_ids,
     whole_characters,
 )
-from tests.training.tiny import END_ID, NUM_POSITIONS, save_tiny_adapter, save_tiny_model
+from tests.training.tiny import CHATML, END_ID, NUM_POSITIONS, save_tiny_adapter, save_tiny_model
 
 
 @pytest.fixture(scope="module")
@@ -156,6 +157,39 @@ def test_text_ends_where_the_models_positions_end(loaded: LanguageModel) -> None
 def test_a_prompt_longer_than_the_models_positions_is_refused(loaded: LanguageModel) -> None:
     with pytest.raises(RecipeError, match=f"{NUM_POSITIONS} tokens, the model has {NUM_POSITIONS} positions"):
         continue_text(loaded, "a" * NUM_POSITIONS, max_new_tokens=1)
+
+
+def test_text_is_tokenized_as_tokenizer_json_says_whatever_the_model_type_is_known_for(tmp_path: Path) -> None:
+    folder = save_tiny_model(tmp_path / "model")  # of type qwen2, of which Transformers has rules of its own
+    tokenizer = sentence_tokenizer()
+    tokenizer.save(str(folder / "tokenizer.json"))
+    loaded = load_language_model(folder)
+    text = "问题 one\n12 好"
+    ids = tokenizer.encode(text, add_special_tokens=False).ids
+    assert loaded.tokenizer.encode(text, add_special_tokens=False) == ids
+    assert loaded.decode(ids) == text
+
+
+def sentence_tokenizer() -> Tokenizer:
+    """Blanks are written as a sign of their own, as SentencePiece does."""
+    tokenizer = Tokenizer(models.BPE(unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
+    tokenizer.decoder = decoders.Metaspace()
+    special = ["<unk>", "<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+    tokenizer.train_from_iterator(["问题 one\n12 好"], trainers.BpeTrainer(special_tokens=special, show_progress=False))
+    return tokenizer
+
+
+def test_what_closes_an_answer_in_the_chat_template_ends_a_text(tmp_path: Path) -> None:
+    plain = load_language_model(save_tiny_model(tmp_path / "plain", chat_template="{{ messages[0]['content'] }}"))
+    template = CHATML.replace("<|im_end|>", "<|im_start|>")  # any special token that is not known as an end otherwise
+    closing = load_language_model(save_tiny_model(tmp_path / "closing", chat_template=template))
+    assert closing.stop_ids - plain.stop_ids == {257}
+
+
+def test_a_template_that_refuses_a_plain_conversation_adds_no_end(tmp_path: Path) -> None:
+    loaded = load_language_model(save_tiny_model(tmp_path, chat_template="{{ raise_exception('no') }}"))
+    assert loaded.stop_ids == {END_ID, 258}
 
 
 def test_chat_without_a_template_is_refused(tmp_path: Path) -> None:
