@@ -76,7 +76,7 @@ class Index:
 
     def lineage(self, start: Artifact) -> Iterator[Path]:
         """The folders of an artifact, its shards, and all that these were made from, down to the archive."""
-        waiting, seen = [start.folder], set()
+        waiting, seen = [self.store.root / start.ref], set()
         while waiting:
             path = waiting.pop()
             if path in seen:
@@ -86,7 +86,7 @@ class Index:
             if artifact := self.artifacts.get(path):
                 shards = (self.store.root / entry.kind / entry.key for entry in artifact.shards())
                 waiting += [path for path in shards if path in self.artifacts]
-                waiting += [given.folder for given in self.inputs(artifact).values() if given]
+                waiting += [self.store.root / given.ref for given in self.inputs(artifact).values() if given]
 
 
 def verify(store: ArtifactStore, refs: Iterable[str], machine: Machine) -> Verified:

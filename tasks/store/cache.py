@@ -1,6 +1,8 @@
 """The folder of this machine in which a shared store keeps what it has read.
 
 Reads and writes  <cache>/<kind>/<key>/   as a local store has it: the manifest once it is known, files once they are fetched
+                  <cache>/<kind>/<key>.<content>/   files of another build of the key than the one whose files came first
+                  <cache>/.locks/<kind>-<key>       the content of the build whose files came first
                   <cache>/.fetching       files on their way, and what a killed fetch left of them
                   <cache>/.holder         the name of the folder, as claims tell it
 """
@@ -11,11 +13,14 @@ import os
 import platform
 import re
 import secrets
+import shutil
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import datetime
 from pathlib import Path
+
+import orjson
 
 from tasks.errors import StoreError
 from tasks.machine import Advance
@@ -25,6 +30,7 @@ from tasks.store.digest import Digest, digest_bytes, digest_file, fsync_path, wr
 from tasks.store.layout import file_name
 from tasks.store.store import is_at
 
+CONTENT_CHARACTERS = 64
 FETCHING, HOLDER = ".fetching", ".holder"
 
 
@@ -45,8 +51,10 @@ class Cache:
                 ) from error
 
     def _remember(self, path: Path, data: bytes, manifest: Manifest) -> None:
-        if path.exists() and path.read_bytes() == data:
-            return
+        if path.exists():
+            if (known := path.read_bytes()) == data:
+                return
+            self._own_unnoted(manifest.kind, manifest.key, known)
         path.parent.mkdir(parents=True, exist_ok=True)
         # Not waited for until it is on disk: one that a power cut takes is asked for again, and there may be 100,000.
         partial = path.with_name(f".{path.name}.{secrets.token_hex(4)}.partial")
@@ -56,6 +64,55 @@ class Cache:
         finally:
             partial.unlink(missing_ok=True)
         _date(path.parent, manifest)
+
+    def take(self, folder: Path, manifest: Manifest, data: bytes) -> bool:
+        """Make a folder the copy of its build, with ``data`` as the manifest; False where it was that already."""
+        self.own(manifest.kind, manifest.key, manifest.content)
+        target = self.folder(manifest)
+        if is_new := folder != target:
+            if target == self.root / manifest.kind / manifest.key:
+                write_atomically(folder / MANIFEST_NAME, data)
+            else:
+                (folder / MANIFEST_NAME).unlink()  # the key's own folder is to have it
+            shutil.rmtree(target, ignore_errors=True)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            folder.rename(target)
+        self.remember(manifest.kind, manifest.key, data, manifest)
+        return is_new
+
+    def folder(self, manifest: Manifest) -> Path:
+        """Where the files of a build are, or will be: in the key's own folder, unless those of another build came there first.
+
+        Two builds of one key may have other bytes under the same names, and a path that was given out may be opened much later.
+        """
+        home = self.root / manifest.kind / manifest.key
+        owner = self._owner(manifest.kind, manifest.key)
+        return home if owner in (None, manifest.content) else home.with_name(f"{manifest.key}.{manifest.content[:16]}")
+
+    def own(self, kind: str, key: str, content: str) -> None:
+        """Note of which build the files in the key's own folder are, unless that is noted: the first word stands.
+
+        It is dropped with the lock file, by a trim of what no living process has used.
+        """
+        path = self.root / ".locks" / f"{kind}-{key}"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("ab", buffering=0) as note:
+            if os.fstat(note.fileno()).st_size == 0:
+                note.write(content.encode())  # appended, all at once
+
+    def _owner(self, kind: str, key: str) -> str | None:
+        try:
+            with (self.root / ".locks" / f"{kind}-{key}").open("rb", buffering=0) as note:
+                content = note.read(CONTENT_CHARACTERS) or b""
+        except OSError:
+            return None
+        return content.decode() if len(content) == CONTENT_CHARACTERS else None
+
+    def _own_unnoted(self, kind: str, key: str, known: bytes) -> None:
+        """Files that came before there were notes are those of the manifest that lies beside them."""
+        if self._owner(kind, key) is None and sum(1 for _ in (self.root / kind / key).iterdir()) > 1:
+            with contextlib.suppress(ValueError, KeyError, TypeError):
+                self.own(kind, key, str(orjson.loads(known)["content"]))
 
     def holder(self) -> str:
         """The name of this cache folder on this machine, by which a builder knows an earlier process of its own."""
@@ -92,11 +149,13 @@ class Cache:
 
     def keep(self, artifact: Artifact, entry: FileEntry, partial: Path) -> None:
         """Give a file that was fetched, and found right, its place."""
-        path = artifact.folder / entry.name
         fsync_path(partial)
+        self.own(artifact.kind, artifact.key, artifact.content)
+        folder = self.folder(artifact.manifest)
+        path = folder / entry.name
         path.parent.mkdir(parents=True, exist_ok=True)
         partial.rename(path)
-        _date(artifact.folder, artifact.manifest)
+        _date(folder, artifact.manifest)
 
 
 def cache_folder(url: str, cache: Path, endpoint: str | None = None) -> Path:

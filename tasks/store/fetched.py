@@ -7,7 +7,7 @@ from typing import NoReturn, Protocol
 
 from tasks.store.artifact import Artifact, FileEntry, ShardEntry
 from tasks.store.bucket import Bucket
-from tasks.store.cache import is_whole
+from tasks.store.cache import Cache, is_whole
 from tasks.store.digest import Digest
 from tasks.store.layout import file_name
 
@@ -16,6 +16,7 @@ class Source(Protocol):
     """What an artifact asks of its store."""
 
     bucket: Bucket
+    cache: Cache
 
     def load(self, kind: str, key: Digest) -> Artifact | None: ...
 
@@ -31,6 +32,10 @@ class SharedArtifact(Artifact):
     """An artifact of a shared store: to ask for the path of a file fetches the file."""
 
     store: Source = field(kw_only=True, repr=False, compare=False)
+
+    @property
+    def folder(self) -> Path:
+        return self.store.cache.folder(self.manifest)
 
     @property
     def path(self) -> Path:

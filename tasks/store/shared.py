@@ -31,7 +31,7 @@ from tasks.store.artifact import MANIFEST_NAME, Artifact, FileEntry, Manifest, S
 from tasks.store.bucket import Bucket, Patience
 from tasks.store.cache import Cache, cache_folder, download, has_digest, is_whole
 from tasks.store.claim import boot_seconds, claimed
-from tasks.store.digest import Digest, digest_bytes, digest_json, write_atomically
+from tasks.store.digest import Digest, digest_bytes, digest_json
 from tasks.store.fate import DAMAGED, SURE_SECONDS, decide, put_back, sentence_of, was_committed
 from tasks.store.fetched import SharedArtifact
 from tasks.store.layout import DIGEST, manifest_name, moved, placed, read_manifest
@@ -93,7 +93,7 @@ class SharedStore(ArtifactStore):
 
     def find(self, kind: str, key: Digest) -> Artifact | None:
         known = self._known(kind, key)
-        if known and not all(is_whole(self.root / kind / key / entry.name, entry) for entry in known.files):
+        if known and not all(is_whole(self.cache.folder(known) / entry.name, entry) for entry in known.files):
             known = None  # what the cache heard of may be collected since, and it could not give it back
         manifest = known or self._standing(kind, key)
         artifact = self._artifact(manifest) if manifest else None
@@ -175,7 +175,7 @@ class SharedStore(ArtifactStore):
         if len(prefix) == len(digest_bytes(b"")):
             return [Digest(prefix)]
         listed = {Digest(name) for name in self.bucket.names(kind) if name.startswith(prefix) and DIGEST.fullmatch(name)}
-        return sorted({*super().keys(kind, prefix), *listed})
+        return sorted({*filter(DIGEST.fullmatch, super().keys(kind, prefix)), *listed})
 
     def refs(self) -> list[tuple[str, Digest]]:
         """What has a manifest in the bucket, as it is listed now: a cache may know of what was collected since."""
@@ -203,11 +203,12 @@ class SharedStore(ArtifactStore):
             self.use(rescued)
             return rescued
         staging = self.root / ".staging" / kind / key
-        for folder in (staging, self.root / kind / key):
+        for told in (staging, self.root / kind / key):
             try:
-                manifest = Manifest.model_validate_json((folder / MANIFEST_NAME).read_bytes())
+                manifest = Manifest.model_validate_json((told / MANIFEST_NAME).read_bytes())
             except (OSError, ValidationError):
                 continue
+            folder = staging if told == staging else self.cache.folder(manifest)
             is_own = manifest.key == key == digest_json(manifest.identity)
             if is_own and all(has_digest(folder / entry.name, entry) for entry in manifest.files):
                 checked = boot_seconds()
@@ -262,10 +263,12 @@ class SharedStore(ArtifactStore):
 
     def fetch(self, artifact: Artifact, entry: FileEntry) -> Path:
         """The path of a file in the cache, fetched and checked where it is not there yet."""
-        path = artifact.folder / entry.name
         self.use(artifact)
         with passing(self.root):
             self.keep(artifact)  # before it is looked for: from here on no trim takes it
+            with contextlib.suppress(OSError):  # a cache that cannot be written is told of when a file is to be fetched
+                self.cache.own(artifact.kind, artifact.key, artifact.content)
+            path = artifact.folder / entry.name
             if is_whole(path, entry):
                 return path
         self.room.make(entry.num_bytes)
@@ -325,15 +328,11 @@ class SharedStore(ArtifactStore):
         data = spelled(manifest)
         if first := self._put_manifest(manifest.kind, manifest.key, data):
             log.info("%s/%s: another builder was first; its artifact is kept", manifest.kind, manifest.key[:12])
-            shutil.rmtree(folder)
+            if folder.is_relative_to(self.root / ".staging"):  # what lies in the cache may be in use
+                shutil.rmtree(folder)
             return self._artifact(first)
-        write_atomically(folder / MANIFEST_NAME, data)
         self.use(self._artifact(manifest))
-        target = self.root / manifest.kind / manifest.key
-        if folder != target:
-            shutil.rmtree(target, ignore_errors=True)
-            target.parent.mkdir(parents=True, exist_ok=True)
-            folder.rename(target)
+        if self.cache.take(folder, manifest, data):
             self.room.make(sum(entry.num_bytes for entry in manifest.files))
         return self._artifact(manifest, found=False)
 

@@ -84,8 +84,13 @@ def _copies(root: Path) -> Iterator[_Copy]:
     for kind in _entries(root):
         if not kind.name.startswith("."):
             for folder in _entries(kind.path):
-                used = max(_modified(folder.path), _modified(f"{root}/.locks/{kind.name}-{folder.name}"))
+                used = max(_modified(folder.path), _modified(f"{root}/.locks/{kind.name}-{key_of(folder.name)}"))
                 yield _Copy(used, _bytes_below(folder.path), folder.path)
+
+
+def key_of(name: str) -> str:
+    """The key whose copy a folder is: another build's has its content behind it (tasks.store.cache)."""
+    return name.partition(".")[0]
 
 
 def _entries(folder: Path | str) -> list["os.DirEntry[str]"]:
@@ -107,11 +112,12 @@ def _modified(path: str) -> float:
 def _move(root: Path, copy: _Copy, target: Path) -> bool:
     """Out of its place, but for what is being built, or uploaded again."""
     path = Path(copy.path)
-    lock = root / ".locks" / f"{path.parent.name}-{path.name}"
+    lock = root / ".locks" / f"{path.parent.name}-{key_of(path.name)}"
     with try_lock(lock) if lock.exists() else contextlib.nullcontext(True) as is_free:
         if not is_free:
             return False
         target.mkdir(parents=True, exist_ok=True)
         path.rename(target / f"{path.parent.name}-{path.name}")
-        lock.unlink(missing_ok=True)
+        if path.name == key_of(path.name):
+            lock.unlink(missing_ok=True)
         return True

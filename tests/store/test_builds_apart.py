@@ -1,0 +1,127 @@
+"""Two builds of one key have other bytes, as a model that is trained twice: a cache that has both mixes nothing."""
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from tasks.errors import StoreError
+from tasks.machine import Machine
+from tasks.store import Artifact, SharedStore
+from tasks.store.lease import end_lease
+from tasks.store.trim import trim
+from tests.store.shared_build import QUICK, WordSpec, build_drawn
+
+Machines = Callable[..., SharedStore]
+
+
+@pytest.fixture
+def machine(tmp_path: Path) -> Machines:
+    def opened(name: str, cache_bytes: int | None = None) -> SharedStore:
+        url = f"file://{tmp_path / 'bucket'}"
+        return SharedStore(url, tmp_path / name, claim_seconds=0.2, patience=QUICK, cache_bytes=cache_bytes)
+
+    return opened
+
+
+def drawn(store: SharedStore) -> Artifact:
+    return build_drawn(store, Machine(), WordSpec(word="a"))
+
+
+def built_anew(machine: Machines, old: Artifact) -> Artifact:
+    """The same key, set aside and built by a third machine."""
+    machine("third").set_aside(old.kind, old.key, "for this test")
+    new = drawn(machine("third"))
+    assert (new.key, new.content == old.content) == (old.key, False)
+    return new
+
+
+def bytes_of(artifact: Artifact) -> list[bytes]:
+    return [artifact.file(name).read_bytes() for name in ("a", "b")]
+
+
+def test_a_copy_of_what_was_built_anew_elsewhere_is_not_taken_for_it(machine: Machines) -> None:
+    old = drawn(machine("here"))
+    there = machine("there").resolve(old.ref)
+    assert there.file("a").read_bytes() == old.file("a").read_bytes()  # b is not yet fetched
+    new = built_anew(machine, old)
+    now = drawn(machine("there"))
+    assert (now.found, now.content) == (True, new.content)
+    assert bytes_of(now) == bytes_of(new) != bytes_of(old)
+    assert now.read("a", 0, 16) == new.read("a", 0, 16)
+    assert machine("there").damage(now, digests=True) is None
+    assert bytes_of(machine("there").resolve(old.ref)) == bytes_of(new)
+
+
+def test_a_path_that_was_given_out_leads_to_the_same_bytes_for_ever(machine: Machines) -> None:
+    old = drawn(machine("here"))
+    held = machine("there").resolve(old.ref)
+    path, data = held.file("a"), held.file("a").read_bytes()
+    now = built_anew(machine, old) and drawn(machine("there"))
+    assert bytes_of(now)[0] != data
+    assert path.read_bytes() == data == held.file("a").read_bytes()
+    assert held.read("a", 0, 16) == data
+
+
+def test_what_is_built_anew_on_this_machine_lies_beside_what_it_reads(machine: Machines) -> None:
+    old = drawn(machine("third"))
+    held = machine("here").resolve(old.ref)
+    path, data = held.file("a"), held.file("a").read_bytes()
+    machine("third").set_aside(old.kind, old.key, "for this test")
+    new = drawn(machine("here"))  # has a, but not b
+    assert not new.found
+    assert path.read_bytes() == data
+    assert bytes_of(new) == [new.path.joinpath(name).read_bytes() for name in ("a", "b")] != bytes_of(old)
+    found = drawn(machine("here"))
+    assert (found.found, bytes_of(found), found.path) == (True, bytes_of(new), new.path)
+    assert bytes_of(drawn(machine("there"))) == bytes_of(new)
+    assert [one.content for one in machine("here").artifacts("drawn")] == [new.content]
+
+
+def test_what_lies_beside_is_uploaded_again_where_the_bucket_loses_it(machine: Machines) -> None:
+    old = drawn(machine("there"))
+    machine("here").resolve(old.ref).file("a")
+    machine("third").set_aside(old.kind, old.key, "for this test")
+    new = drawn(machine("here"))
+    machine("third").set_aside(old.kind, old.key, "for this test")
+    again = drawn(machine("here"))
+    assert (again.found, again.content) == (True, new.content)
+    assert bytes_of(drawn(machine("fourth"))) == bytes_of(new)
+
+
+def test_a_cache_of_an_earlier_release_has_what_its_manifest_says(machine: Machines) -> None:
+    old = drawn(machine("here"))
+    there = machine("there").resolve(old.ref)
+    there.file("a")
+    machine("there").lock_path(old.kind, old.key).write_bytes(b"")
+    new = built_anew(machine, old)
+    assert bytes_of(drawn(machine("there"))) == bytes_of(new)
+
+
+def test_a_trim_takes_both_once_nobody_uses_them(machine: Machines) -> None:
+    old = drawn(machine("here"))
+    held = machine("there").resolve(old.ref)
+    held.file("a")
+    built_anew(machine, old)
+    store = machine("there")
+    now = drawn(store)
+    assert bytes_of(now)
+    assert trim(store.root, 0).number == 0  # a living process has used them
+    end_lease(store.root)
+    for path in (*store.root.glob("drawn/*"), *store.root.glob(".locks/*")):
+        os.utime(path, (1e9, 1e9))
+    assert trim(store.root, 0).number == 2
+    assert list(store.root.glob("drawn/*")) == []
+    assert bytes_of(drawn(machine("there"))) == bytes_of(now)
+
+
+def test_where_the_bytes_of_the_first_are_gone_its_user_is_told(machine: Machines, tmp_path: Path) -> None:
+    old = drawn(machine("here"))
+    held = machine("there").resolve(old.ref)
+    new = built_anew(machine, old)
+    for path in (tmp_path / "bucket" / old.ref / str(old.manifest.produced_by["place"])).iterdir():
+        path.unlink()
+    with pytest.raises(StoreError, match="run again"):
+        held.file("a")
+    assert bytes_of(drawn(machine("there"))) == bytes_of(new)
