@@ -14,15 +14,16 @@ MODELS = ("finetuned", "pretrained", "published")
 
 
 def generate_text(store: ArtifactStore, artifact: Artifact, prompt: str, chat: bool | None, **sampling: Any) -> Iterator[str]:
-    """The model's text after ``prompt``, piece by piece. ``chat`` None: through the chat template unless only pretrained.
+    """The model's text after ``prompt``, piece by piece.
 
+    ``chat`` None: through the chat template where there is one, unless the model was only pretrained.
     ``sampling``: max_new_tokens, temperature, top_p, seed.
     Raises RefError where the artifact is no model, StoreError where an adapter's base is no longer in the store.
     """
     from tasks.training.generate import generate
 
     model_dir, adapter_dir = folders_of(store, artifact)
-    is_chat = artifact.kind != "pretrained" if chat is None else chat
+    is_chat = False if chat is None and artifact.kind == "pretrained" else chat
     return generate(model_dir, prompt, adapter_dir=adapter_dir, **sampling, chat=is_chat)
 
 

@@ -104,6 +104,8 @@ def _load_tokenizer(path: Path) -> "Tokenizer":
     # A file may ask to cut every text to some length.
     tokenizer.no_truncation()
     tokenizer.no_padding()
+    # Adds nothing here, where nobody asks for special tokens; but it may tell an id's place without the blank that it writes.
+    tokenizer.post_processor = None
     return tokenizer
 
 

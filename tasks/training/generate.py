@@ -124,18 +124,17 @@ def generate(
     temperature: float = 0.0,
     top_p: float = 1.0,
     seed: int = 0,
-    chat: bool = False,
+    chat: bool | None = False,
 ) -> Iterator[str]:
     """Load a model and yield its continuation of ``prompt``, piece by piece, in whole characters.
 
-    temperature: 0 takes the likeliest token every time. chat: the prompt is a user's turn.
+    temperature: 0 takes the likeliest token every time. chat: the prompt is a user's turn; None: where there is a chat template.
     Raises RecipeError where the prompt, or a number given, cannot be used.
     """
     _check_sampling(max_new_tokens, temperature, top_p)  # before the seconds that loading takes
     loaded = load_language_model(model_dir, adapter_dir)
-    yield from continue_text(
-        loaded, prompt, max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, seed=seed, chat=chat
-    )
+    sampling: dict[str, Any] = {"max_new_tokens": max_new_tokens, "temperature": temperature, "top_p": top_p, "seed": seed}
+    yield from continue_text(loaded, prompt, **sampling, chat=loaded.has_chat_template if chat is None else chat)
 
 
 def continue_text(

@@ -53,7 +53,7 @@ def identify_published(spec: PublishedSpec, store: ArtifactStore, machine: Machi
     return hub_commit(spec.weights, spec.weights_revision, machine)
 
 
-@stage("published", revision=1, identify_source=identify_published)
+@stage("published", revision=2, identify_source=identify_published)
 def build_published(work: Work, spec: PublishedSpec) -> Built:
     """Copy, fetch or unpack the model into a plain Hugging Face folder."""
     if file := gguf_file(spec.weights):
@@ -107,11 +107,18 @@ def unpack(work: Work, file: Path, dtype: str) -> None:
 
 
 def complete_generation_config(folder: Path, config: dict[str, Any]) -> None:
-    """Write generation_config.json where the publisher left it out: where a text ends is known from the config then."""
+    """Let generation_config.json say where a text ends: by the config, where the publisher left the file out, or the ids in it.
+
+    A file that says so already stays as it is.
+    """
     path = folder / "generation_config.json"
-    if not path.is_file():
-        ends = {name: config[name] for name in ("eos_token_id", "pad_token_id") if config.get(name) is not None}
-        path.write_bytes(orjson.dumps(ends))
+    told = orjson.loads(path.read_bytes()) if path.is_file() else {"pad_token_id": config.get("pad_token_id")}
+    ends = told.get("eos_token_id")
+    listed = [end for end in (ends if isinstance(ends, list) else [ends]) if end is not None]
+    if listed and listed in (ends, [ends]):
+        return
+    told["eos_token_id"] = listed or config.get("eos_token_id")
+    path.write_bytes(orjson.dumps({name: value for name, value in sorted(told.items()) if value is not None}))
 
 
 def num_parameters(folder: Path) -> int:

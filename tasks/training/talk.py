@@ -53,7 +53,7 @@ def fitted(
         ids = loaded.encode_turns([*opening, *kept])
         if loaded.max_positions is None or len(ids) + max_new_tokens <= loaded.max_positions:
             return ids, kept
-        if len(kept) == 1:
+        if len(kept) <= 2:  # the last question, and behind it what of an answer is given
             if len(ids) < loaded.max_positions:
                 return ids, kept
             raise RecipeError(f"chat: {len(ids)} tokens, the model has {loaded.max_positions} positions; say it in fewer words")

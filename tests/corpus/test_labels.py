@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from tokenizers import Tokenizer, processors
 
 from tasks.corpus.chat import Chat, load_chat
 from tasks.corpus.labels import Rendered, make_examples, render
@@ -58,6 +59,16 @@ def test_the_ids_are_those_of_the_whole_text(tmp_path: Path, name: str) -> None:
     (example,) = make_examples(chat, [rendered])
     assert example.input_ids.tolist() == chat.tokenizer.encode(rendered.text, add_special_tokens=False).ids
     assert example.input_ids.dtype == example.labels.dtype == np.int32
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_a_tokenizer_that_tells_its_ids_places_without_their_blanks_learns_the_same(tmp_path: Path, name: str) -> None:
+    untrimmed = load_chat(write_named(tmp_path / "untrimmed", name))
+    write_named(tmp_path, name)
+    tokenizer = Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
+    tokenizer.post_processor = processors.ByteLevel(trim_offsets=True)  # as Llama 3's
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    assert learned(load_chat(tmp_path), TWO_TURNS) == learned(untrimmed, TWO_TURNS)
 
 
 @pytest.mark.parametrize("name", TEMPLATES)

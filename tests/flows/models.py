@@ -32,6 +32,12 @@ def build_untemplated(work: Work, spec: FolderSpec) -> Built:
     return Built()
 
 
+@stage("published", revision=1)
+def build_published_untemplated(work: Work, spec: FolderSpec) -> Built:
+    save_tiny_model(work.folder, chat_template=None)
+    return Built()
+
+
 @stage("finetuned", revision=1)
 def build_finetuned(work: Work, spec: FolderSpec, base: Artifact, examples: Artifact) -> Built:
     save_tiny_model(work.folder, seed=1)

@@ -9,11 +9,11 @@ from typer.testing import CliRunner, Result
 from flows.cli import app
 from flows.commands.models import harmless
 from flows.models import folders_of
-from tasks.errors import RefError
+from tasks.errors import RecipeError, RefError
 from tasks.machine import Machine
 from tasks.store import ArtifactStore
 from tasks.store.lease import end_lease
-from tests.flows.models import FolderSpec, build_examples, build_untemplated
+from tests.flows.models import FolderSpec, build_examples, build_published_untemplated, build_untemplated
 
 
 def seqmill(store: ArtifactStore, *arguments: str, typed: str = "") -> Result:
@@ -66,6 +66,16 @@ def test_a_model_without_a_chat_template_is_refused_before_anything_is_said(tmp_
     build_untemplated(store, Machine(), FolderSpec())
     with pytest.raises(RefError, match="its tokenizer has no chat template; name a finetuned model, or give seqmill generate"):
         seqmill(store, "chat", "pretrained", typed="hi\n")
+
+
+def test_a_published_model_without_a_chat_template_goes_on_from_a_text(tmp_path: Path) -> None:
+    store = ArtifactStore(tmp_path)
+    build_published_untemplated(store, Machine(), FolderSpec())
+    told = seqmill(store, "generate", "published", "--prompt", "ab", *WARM, "--json")
+    plain = seqmill(store, "generate", "published", "--prompt", "ab", *WARM, "--json", "--plain")
+    assert json.loads(told.stdout)["text"] == json.loads(plain.stdout)["text"] != ""
+    with pytest.raises(RecipeError, match="no chat template; leave chat out"):
+        seqmill(store, "generate", "published", "--prompt", "ab", "--chat")
 
 
 def test_what_would_steer_a_terminal_is_told_instead_of_sent() -> None:

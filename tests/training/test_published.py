@@ -1,6 +1,8 @@
 """Published models: folders, packages and what is wrong with them."""
 
 import importlib
+import json
+import shutil
 import sys
 from pathlib import Path
 
@@ -11,6 +13,7 @@ from tasks.corpus.tokenizer import TokenizerSpec, build_tokenizer
 from tasks.errors import SourceError
 from tasks.machine import Machine
 from tasks.store import ArtifactStore
+from tasks.training.finetuned import generation_fields
 from tasks.training.published import PublishedSpec, build_published, gguf_file
 from tests.training.tiny import VOCAB_SIZE, save_tiny_model
 
@@ -54,6 +57,27 @@ def test_where_a_text_ends_is_taken_from_the_config_where_the_publisher_says_it_
             (bare / path.name).write_bytes(path.read_bytes())
     artifact = publish(tmp_path / "store", bare).resolve("published")
     assert orjson.loads(artifact.file("generation_config.json").read_bytes()) == {"eos_token_id": 256}
+
+
+@pytest.mark.parametrize("ends", [None, [], [None]])
+def test_an_end_that_the_publishers_generation_config_leaves_empty_is_taken_from_the_config(
+    folder: Path, tmp_path: Path, ends: object
+) -> None:
+    copy = shutil.copytree(folder, tmp_path / "copy")
+    (copy / "generation_config.json").write_text(json.dumps({"eos_token_id": ends, "temperature": 0.5}))
+    artifact = publish(tmp_path / "store", copy).resolve("published")
+    assert orjson.loads(artifact.file("generation_config.json").read_bytes()) == {"eos_token_id": 256, "temperature": 0.5}
+    assert generation_fields(artifact.path, [258])["eos_token_id"] == [256, 258]
+
+
+def test_an_end_that_nobody_tells_is_left_out(folder: Path, tmp_path: Path) -> None:
+    copy = shutil.copytree(folder, tmp_path / "copy")
+    (copy / "generation_config.json").write_text('{"eos_token_id": null}')
+    config = orjson.loads((copy / "config.json").read_bytes())
+    (copy / "config.json").write_bytes(orjson.dumps({**config, "eos_token_id": None}))
+    artifact = publish(tmp_path / "store", copy).resolve("published")
+    assert orjson.loads(artifact.file("generation_config.json").read_bytes()) == {}
+    assert generation_fields(artifact.path, [258])["eos_token_id"] == [258]
 
 
 def test_its_tokenizer_is_an_artifact_by_its_own_bytes(folder: Path, tmp_path: Path) -> None:

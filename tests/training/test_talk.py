@@ -54,6 +54,20 @@ def test_a_question_longer_than_the_model_is_refused_and_forgotten(loaded: Langu
     assert talk.turns == []
 
 
+@pytest.mark.timeout(30)
+@pytest.mark.parametrize("turns", [["u" * 80, "a"], ["a"]])
+def test_a_system_turn_that_leaves_no_room_is_refused_whatever_stands_behind_it(loaded: LanguageModel, turns: list[str]) -> None:
+    said = [{"role": role, "content": text} for role, text in zip(("user", "assistant"), turns, strict=False)]
+    with pytest.raises(RecipeError, match="the model has 64 positions"):
+        fitted(loaded, [{"role": "system", "content": "S" * 80}], said, 4)
+
+
+def test_a_last_question_is_never_forgotten(loaded: LanguageModel) -> None:
+    said = [{"role": "user", "content": "u" * 30}, {"role": "assistant", "content": "a" * 20}]
+    _, kept = fitted(loaded, [], said, 20)
+    assert kept == said
+
+
 def test_what_the_template_refuses_is_said_to_be_refused(tmp_path: Path) -> None:
     strict = load_language_model(save_tiny_model(tmp_path, chat_template="{{ raise_exception('no system turn') }}"))
     with pytest.raises(RecipeError, match="the chat template refuses the conversation: no system turn; say it otherwise"):
