@@ -23,6 +23,7 @@ MANIFEST_NAME = "manifest.json"
 NUM_KEPT = 2  # the newest, and one to fall back to
 FOLDER = re.compile(r"^checkpoint-(\d+)$")
 PARTS = "rank-*.safetensors"  # what the ranks write; all else in a checkpoint is rank 0's
+WEIGHT = "weight"  # in those begins the name of what is not one of AdamW's moments: see tasks.training.state
 
 # A checkpoint is resumed only where these are as they were. The number of ranks and the ZeRO stage may be others.
 SAME = ("data", "spec")

@@ -33,6 +33,9 @@ FETCHED = ".fetched"  # ends the name of a file that is on its way here
 NUM_PARTS = 4
 NUM_REQUESTS = 16
 
+# Of safetensors: 100 MB is the format's own limit for a header.
+LENGTH_BYTES, MOST_HEADER_BYTES = 8, 100_000_000
+
 # All that becomes a path: a bucket, and what another node says, is written by others.
 NAME = re.compile(r"[a-z][a-z0-9_-]*\.(safetensors|json)")
 DIGEST = re.compile(r"[0-9a-f]{64}")
@@ -241,6 +244,25 @@ class RemoteCheckpoints:
             write_atomically(manifest, spelled)
             fsync_path(folder)
         return problem
+
+    def headers(self, kept: Kept, names: Sequence[str]) -> list[dict[str, Any]]:
+        """What safetensors files of a checkpoint hold, by their own words, which no digest vouches for.
+
+        Raises ValueError for what is no such file, StoreError where the bucket does not answer.
+        """
+
+        def header(name: str) -> dict[str, Any]:
+            entry = kept.files[name]
+            place, most = self._place(kept.step, name, entry["digest"]), entry["num_bytes"] - LENGTH_BYTES
+            length = int.from_bytes(self.bucket.read(place, 0, LENGTH_BYTES) or b"", "little")
+            if not 0 < length <= min(most, MOST_HEADER_BYTES):
+                raise ValueError(f"{name}: a header of {length} bytes")
+            found = orjson.loads(bytes(self.bucket.read(place, LENGTH_BYTES, length) or b""))
+            if not isinstance(found, dict):
+                raise ValueError(f"{name}: no header")
+            return found
+
+        return _at_once(NUM_REQUESTS, header, names)
 
     def reread(self, step: int, name: str, folder: Path) -> str | None:
         """What is wrong with a part in the bucket, which another node says; None where this one reads it right.

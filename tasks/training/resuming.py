@@ -16,6 +16,7 @@ from tasks.machine import Progress
 from tasks.store import write_atomically
 from tasks.training.checkpoints import (
     PARTS,
+    WEIGHT,
     check_facts,
     checkpoint_folders,
     is_cut_alike,
@@ -43,6 +44,53 @@ def needed_files(manifest: dict[str, Any], facts: dict[str, Any], ranks: Sequenc
     return [name for name in files if not fnmatch(name, PARTS) or name in own]
 
 
+def files_to_fetch(remote: RemoteCheckpoints, kept: Kept, facts: dict[str, Any], ranks: Sequence[int]) -> list[str]:
+    """``needed_files`` of a checkpoint in the bucket; under ZeRO-3 those alone in which these ranks' cuts lie, whoever wrote it.
+
+    ZeRO-3 cuts each weight into as many equal parts as there are ranks, so what the files hold tells which a rank reads.
+    """
+    needed = needed_files(kept.manifest, facts, ranks)
+    parts = [name for name in needed if fnmatch(name, PARTS)]
+    if facts["zero_stage"] != 3 or is_cut_alike(kept.manifest["facts"], facts) or len(ranks) == facts["num_ranks"]:
+        return needed
+    try:
+        held = [_held(header) for header in remote.headers(kept, parts)]
+    except (ValueError, KeyError, TypeError, IndexError) as error:
+        log.warning("%s/checkpoint-%d: all of it is fetched (%s)", remote.address, kept.step, error)
+        return needed
+    read = overlapping(dict(zip(parts, held, strict=True)), facts["num_ranks"], ranks)
+    return [name for name in needed if name not in parts or name in read]
+
+
+def _held(header: dict[str, Any]) -> dict[str, tuple[int, int]]:
+    """Start and end of what a rank's file holds of each weight."""
+    held = {}
+    for key, entry in header.items():
+        part, _, place = key.partition(":")
+        if part == WEIGHT:
+            start, _, name = place.partition(":")
+            held[name] = int(start), int(start) + int(entry["shape"][0])
+    return held
+
+
+def overlapping(held: dict[str, dict[str, tuple[int, int]]], num_ranks: int, ranks: Sequence[int]) -> set[str]:
+    """The files that hold numbers of which ``ranks``, one after the other, have a part each under ZeRO-3.
+
+    held: of each file, by weight, start and end of its numbers.
+    """
+    counts: dict[str, int] = {}
+    for places in held.values():
+        for name, (_, end) in places.items():
+            counts[name] = max(counts.get(name, 0), end)
+    sizes = {name: -(-count // num_ranks) for name, count in counts.items()}
+    first, last = min(ranks), max(ranks) + 1
+    return {
+        file
+        for file, places in held.items()
+        if any(start < last * sizes[name] and first * sizes[name] < end for name, (start, end) in places.items())
+    }
+
+
 def newest_anywhere(
     root: Path, remote: RemoteCheckpoints | None, facts: dict[str, Any], ranks: Sequence[int], progress: Progress
 ) -> Path | None:
@@ -60,7 +108,7 @@ def newest_anywhere(
         if one := kept.get(step):
             where = f"{remote.address}/{folder.name}"
             check_facts(where, remote.address, one.manifest["facts"], facts)
-            fetch = partial(_fetch, remote, one, needed_files(one.manifest, facts, ranks), folder, progress)
+            fetch = partial(_fetch, remote, one, partial(files_to_fetch, remote, one, facts, ranks), folder, progress)
         if problem := _problem(folder, facts, fetch):
             log.warning("%s: passed over: %s", where, problem)
             continue
@@ -82,7 +130,10 @@ def _problem(folder: Path, facts: dict[str, Any], fetch: Callable[[], str | None
     return None
 
 
-def _fetch(remote: RemoteCheckpoints, kept: Kept, names: Sequence[str], folder: Path, progress: Progress) -> str | None:
+def _fetch(
+    remote: RemoteCheckpoints, kept: Kept, find_names: Callable[[], list[str]], folder: Path, progress: Progress
+) -> str | None:
+    names = find_names()
     size = sum(kept.files[name]["num_bytes"] for name in names)
     with progress(f"fetch {folder.name}", size, "B") as advance:
         problem = remote.fetch(kept, names, folder, advance)

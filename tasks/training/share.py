@@ -21,7 +21,7 @@ from tasks.store.lease import try_lock
 from tasks.store.store import is_at
 from tasks.training.checkpoints import clear_torn, step_of
 from tasks.training.remote import Kept, RemoteCheckpoints, check_files, check_manifest, remote_at
-from tasks.training.resuming import needed_files
+from tasks.training.resuming import files_to_fetch
 from tasks.training.uploads import EndedError, send, told
 
 JOINED = ".joined"
@@ -72,8 +72,8 @@ class Share:
         if self.resume and resume:
             if self.resume.step != step_of(resume):
                 raise SettingsError(f"{platform.node()}: {resume.name} is not its manifest's step {self.resume.step}; run again")
-            names = needed_files(self.resume.manifest, plan["facts"], ranks)
             try:
+                names = files_to_fetch(self.remote, self.resume, plan["facts"], ranks)
                 problem = self.remote.fetch(self.resume, names, self.root / resume.name, self._go_on)
             except StoreError as error:
                 raise StoreError(f"{platform.node()}: {error}") from error

@@ -23,9 +23,8 @@ from torch import Tensor
 from tasks.errors import StoreError, WorkerError
 from tasks.store.digest import write_all
 from tasks.training.checkpoints import PARTS as FILES
-from tasks.training.checkpoints import listed_files
+from tasks.training.checkpoints import WEIGHT, listed_files
 
-WEIGHT = "weight"
 MOMENTS = ("exp_avg", "exp_avg_sq")
 PARTS = (WEIGHT, *MOMENTS)
 DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}  # safetensors' names
@@ -200,13 +199,14 @@ class SavedState:
             raise StoreError(f"{self.folder}: {part} of {name} is missing from {reached} to {end}; {self._remedy}")
 
 
-def restore(engine: Any, folder: Path, num_steps: float, *, is_own: bool = False) -> None:
+def restore(engine: Any, folder: Path, num_steps: float, *, is_own: bool = False, is_partial: bool = False) -> None:
     """Give the engine the training state in a checkpoint's files, after ``num_steps`` steps of AdamW; on all ranks at once.
 
-    is_own: each rank reads the file alone that a rank of its number wrote; the others need not be here.
+    is_own: each rank reads the file alone that a rank of its number wrote. is_partial: what no rank of this node reads need not
+    be here.
     """
     saved, optimizer = SavedState(folder), engine.optimizer
-    if saved.has_all or not is_own:
+    if saved.has_all or not is_partial:
         weights = [(name, weight) for name, weight in engine.module.named_parameters() if weight.requires_grad]
         saved.check({name: getattr(weight, "ds_numel", weight.numel()) for name, weight in weights})
     is_spread = hasattr(optimizer, "fp32_partitioned_groups_flat")

@@ -100,7 +100,7 @@ class SteppedTrainer(Trainer):
             folder = Path(resume_from_checkpoint)
             progress = orjson.loads((folder / PROGRESS).read_bytes())
             is_own = is_cut_alike(written_facts(folder), self.plan["facts"])
-            restore(self.model_wrapped, folder, progress["num_steps"], is_own=is_own)
+            restore(self.model_wrapped, folder, progress["num_steps"], is_own=is_own, is_partial=self.plan["is_spread"])
             self.watch.known = progress.get("losses", [])  # of a checkpoint that tells them
             assert self.lr_scheduler
             groups = base_optimizer(self.model_wrapped.optimizer).param_groups

@@ -111,6 +111,8 @@ def test_a_node_killed_in_the_middle_is_done_without(train: Any, unbroken: Any, 
     assert (told["num_ranks"], is_resumed(told)) == (left, True)
     assert_equal(told["losses"], unbroken)
     assert f"written by {number} ranks under ZeRO-{zero[-1]}, taken up by {left} ranks" in training.log(0)
+    if zero == "zero3":  # half of what is cut into four and was to be cut into two, progress.json and trainer_state.json
+        assert f"/checkpoint-{told['resumed_from']}: fetched, 4 of 6 files" in training.log(0)
     assert training.left() == []
 
 

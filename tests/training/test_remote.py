@@ -7,13 +7,15 @@ from typing import Any
 
 import orjson
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from tasks.errors import StoreError
 from tasks.machine import Machine, quiet
 from tasks.store import SharedStore, digest_file, digest_json
 from tasks.training.checkpoints import newest_checkpoint, read_manifest
-from tasks.training.remote import KEPT, METRICS, RemoteCheckpoints, check_files, check_manifest, remote_at, sweep_remote
-from tasks.training.resuming import needed_files, newest_anywhere, take_up_metrics
+from tasks.training.remote import KEPT, METRICS, Kept, RemoteCheckpoints, check_files, check_manifest, remote_at, sweep_remote
+from tasks.training.resuming import files_to_fetch, needed_files, newest_anywhere, overlapping, take_up_metrics
 from tests.training.sealing import seal
 from tests.training.small_inputs import InputSpec, build_tokenizer
 
@@ -196,6 +198,66 @@ def test_another_file_of_deepspeeds_may_lay_weights_in_another_order_below_zero_
     facts = {"num_ranks": 4, "zero_stage": stage}
     for written in ({"cut": "other"}, {}):  # {}: of a release that did not tell it
         assert len(needed_files({"files": files, "facts": facts | written}, {**facts, "cut": "c"}, range(2))) == num_needed
+
+
+def part(pieces: dict[str, tuple[int, int]]) -> bytes:
+    """The beginning of a rank's file, by start and count of what it has of each weight."""
+    header = {f"weight:{start}:{name}": {"dtype": "F32", "shape": [count]} for name, (start, count) in pieces.items()}
+    data = orjson.dumps({**header, "exp_avg:0:a": {}})
+    return len(data).to_bytes(8, "little") + data
+
+
+def cut_in_bucket(remote: RemoteCheckpoints, folder: Path, parts: list[bytes]) -> Kept:
+    folder.mkdir(parents=True)
+    for rank, data in enumerate(parts):
+        (folder / f"rank-{rank}.safetensors").write_bytes(data)
+    (folder / "progress.json").write_text("{}")
+    seal(folder, {**FACTS, "step": 1, "num_ranks": len(parts)})
+    kept(remote, folder)
+    return remote.kept()[0]
+
+
+def test_of_other_ranks_under_zero_3_a_node_fetches_the_files_in_which_its_cuts_lie(
+    remote: RemoteCheckpoints, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    cuts = [{"a": (0, 3), "b": (0, 1)}, {"a": (3, 3), "b": (1, 1)}, {"a": (6, 3)}, {"a": (9, 2)}]
+    one = cut_in_bucket(remote, tmp_path / "checkpoint-1", [part(cut) for cut in cuts])
+    facts, everything = {**FACTS, "num_ranks": 2}, sorted(one.files)
+
+    def fetched(ranks: range, **changed: int) -> list[str]:
+        return sorted(files_to_fetch(remote, one, {**facts, **changed}, ranks))
+
+    # Of 11 numbers of a, rank 0 of 2 reads 0 to 6, and rank 1 the others; of b, one each.
+    assert fetched(range(1)) == ["progress.json", "rank-0.safetensors", "rank-1.safetensors"]
+    assert fetched(range(1, 2)) == ["progress.json", *(f"rank-{rank}.safetensors" for rank in (1, 2, 3))]
+    assert fetched(range(2)) == everything
+    assert fetched(range(1), zero_stage=2) == everything
+    other = cut_in_bucket(remote, tmp_path / "other" / "checkpoint-1", [b"x" * 40, part(cuts[1])])
+    assert len(files_to_fetch(remote, other, {**facts, "num_ranks": 4}, range(1))) == 3
+    assert "checkpoint-1: all of it is fetched (rank-0.safetensors: a header of " in caplog.text
+
+
+@given(st.lists(st.integers(1, 40), min_size=1, max_size=4), st.integers(1, 6), st.integers(1, 6), st.data())
+def test_all_that_a_nodes_ranks_read_lies_in_the_files_that_it_fetches(
+    counts: list[int], written: int, now: int, data: st.DataObject
+) -> None:
+    def cut(count: int, num_ranks: int, rank: int) -> tuple[int, int]:
+        size = -(-count // num_ranks)
+        return min(count, rank * size), min(count, (rank + 1) * size)
+
+    files = {
+        f"rank-{rank}": {
+            str(number): place for number, count in enumerate(counts) if (place := cut(count, written, rank))[0] < place[1]
+        }
+        for rank in range(written)
+    }
+    first = data.draw(st.integers(0, now - 1))
+    ranks = range(first, data.draw(st.integers(first + 1, now)))
+    found = overlapping(files, now, ranks)
+    read = {(number, place) for rank in ranks for number, count in enumerate(counts) for place in range(*cut(count, now, rank))}
+    holds = {file: {(int(name), place) for name, ends in held.items() for place in range(*ends)} for file, held in files.items()}
+    assert read <= {place for file in found for place in holds[file]}
+    assert all(read & holds[file] for file in found)  # none in vain
 
 
 def find(root: Path, remote: RemoteCheckpoints, ranks: range = range(2)) -> Path | None:
