@@ -7,6 +7,7 @@ Writes  checkpoints/checkpoint-<step>/manifest.json   {"facts", "files", "digest
 import logging
 import re
 import shutil
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,7 @@ WEIGHT = "weight"  # in those begins the name of what is not one of AdamW's mome
 
 # A checkpoint is resumed only where these are as they were. The number of ranks and the ZeRO stage may be others.
 SAME = ("data", "spec")
+NUM_AGAIN, AGAIN_SECONDS = 4, 0.5  # tries at deleting a folder, and between two of them
 MOST_FIELDS = 6  # named in the message that refuses a checkpoint
 
 
@@ -99,7 +101,14 @@ def clear_torn(root: Path, newest: Path | None) -> None:
 def _remove(folder: Path) -> None:
     # Its manifest first: a deletion cut short must not leave what looks whole.
     (folder / MANIFEST_NAME).unlink(missing_ok=True)
-    shutil.rmtree(folder)
+    for again in reversed(range(NUM_AGAIN)):
+        try:
+            shutil.rmtree(folder)
+            return
+        except OSError:  # a rank that is dying, or an upload, has put a file there meanwhile
+            if not again:
+                raise
+        time.sleep(AGAIN_SECONDS)
 
 
 def checkpoint_folders(root: Path) -> Iterator[Path]:

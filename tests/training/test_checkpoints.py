@@ -1,4 +1,5 @@
 import logging
+import os
 from pathlib import Path
 from typing import Any
 
@@ -68,6 +69,22 @@ def test_where_all_that_were_sealed_are_damaged_nothing_begins_anew(tmp_path: Pa
     for step in (1, 2):
         (tmp_path / f"checkpoint-{step}" / "manifest.json").unlink()
     assert newest_checkpoint(tmp_path, FACTS) is None
+
+
+def test_a_torn_one_into_which_a_dying_rank_writes_still_is_deleted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    older, torn = saved(tmp_path, 1), tmp_path / "checkpoint-2"
+    torn.mkdir()
+    rmdir, late = os.rmdir, ["rank-0.safetensors", "rank-1.safetensors"]
+
+    def write_first(path: Any, **options: Any) -> None:
+        if late:
+            (torn / late.pop()).touch()
+        rmdir(path, **options)
+
+    monkeypatch.setattr(os, "rmdir", write_first)
+    monkeypatch.setattr("tasks.training.checkpoints.AGAIN_SECONDS", 0.01)
+    clear_torn(tmp_path, older)
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-1"]
 
 
 def test_changed_data_is_refused(tmp_path: Path) -> None:
