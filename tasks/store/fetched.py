@@ -20,6 +20,8 @@ class Source(Protocol):
 
     def load(self, kind: str, key: Digest) -> Artifact | None: ...
 
+    def ask(self, kind: str, key: Digest) -> Artifact | None: ...
+
     def rescue(self, kind: str, key: Digest) -> Artifact | None: ...
 
     def fetch(self, artifact: Artifact, entry: FileEntry) -> Path: ...
@@ -58,7 +60,9 @@ class SharedArtifact(Artifact):
         return super().read(name, start, num_bytes)
 
     def shard_file(self, entry: ShardEntry, name: str) -> Path:
-        shard = self.store.load(entry.kind, entry.key) or self.store.rescue(entry.kind, entry.key)
+        shard = self.store.load(entry.kind, entry.key)
+        if shard is None or shard.content != entry.content:  # perhaps only as this machine heard of it
+            shard = self.store.ask(entry.kind, entry.key) or self.store.rescue(entry.kind, entry.key)
         if shard is None or shard.content != entry.content:
             self.store.lose(self, f"shard {entry.name} ({entry.kind}/{entry.key[:12]}) is {'another' if shard else 'missing'}")
         return shard.file(name)

@@ -112,7 +112,12 @@ class SharedStore(ArtifactStore):
 
         A shard's is asked for once, any other's every time: a bucket may be cleared.
         """
-        manifest = self._known(kind, key) or self._standing(kind, key)
+        known = self._known(kind, key)
+        return self._artifact(known) if known else self.ask(kind, key)
+
+    def ask(self, kind: str, key: Digest) -> Artifact | None:
+        """The artifact as the bucket has it now, whatever this machine has heard of it."""
+        manifest = self._standing(kind, key)
         return self._artifact(manifest) if manifest else None
 
     def _known(self, kind: str, key: Digest) -> Manifest | None:

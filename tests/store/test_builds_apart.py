@@ -8,7 +8,7 @@ import pytest
 
 from tasks.errors import StoreError
 from tasks.machine import Machine
-from tasks.store import Artifact, SharedStore
+from tasks.store import Artifact, Built, SharedStore, Work, shard_entry, stage
 from tasks.store.lease import end_lease
 from tasks.store.trim import trim
 from tests.store.shared_build import QUICK, WordSpec, build_drawn
@@ -125,3 +125,28 @@ def test_where_the_bytes_of_the_first_are_gone_its_user_is_told(machine: Machine
     with pytest.raises(StoreError, match="run again"):
         held.file("a")
     assert bytes_of(drawn(machine("there"))) == bytes_of(new)
+
+
+@stage("drawings-shard", revision=1)
+def build_drawing(work: Work, spec: WordSpec) -> Built:
+    (work.folder / "a").write_bytes(os.urandom(16))
+    return Built()
+
+
+@stage("drawings", revision=1)
+def build_drawings(work: Work, spec: WordSpec) -> Built:
+    return Built(shards=(shard_entry("train/0", build_drawing(work.store, Machine(), spec)),))
+
+
+def test_a_list_of_shards_that_were_built_anew_is_not_lost_where_the_old_ones_are_known(machine: Machines) -> None:
+    spec = WordSpec(word="a")
+    old = build_drawings(machine("here"), Machine(), spec)
+    (entry,) = machine("there").resolve(old.ref).shards()
+    assert machine("there").resolve(old.ref).shard_file(entry, "a").read_bytes()
+    for kind, key in ((old.kind, old.key), (entry.kind, entry.key)):
+        machine("third").set_aside(kind, key, "for this test")
+    new = build_drawings(machine("third"), Machine(), spec)
+    now = machine("there").resolve(old.ref)
+    (entry,) = now.shards()
+    assert now.shard_file(entry, "a").read_bytes() == new.shard_file(entry, "a").read_bytes()
+    assert machine("fourth").find(new.kind, new.key)
