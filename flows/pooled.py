@@ -9,11 +9,9 @@ from pathlib import Path
 
 import yaml
 
-from flows.server import prefect_folder
-from flows.services import running
-from flows.settings import Settings, environment, export_settings, prefect_api_url, prefect_environment
+from flows.server import asked_url
+from flows.settings import Settings, environment, export_settings, prefect_environment
 from flows.up import project_root, worker_environment
-from tasks.errors import SettingsError
 
 
 def register_pools(root: Path) -> list[str]:
@@ -33,10 +31,7 @@ def become_worker(settings: Settings, pool: str, limit: int) -> None:
 
     The server is the one that PREFECT_API_URL names, or the store's own. Raises SettingsError where there is neither.
     """
-    staying = running(prefect_folder(settings), "server")
-    url = prefect_api_url() or (staying and staying.url)
-    if not url:
-        raise SettingsError("PREFECT_API_URL: not set, and no server of this store is up; name the server, or call seqmill up")
+    url = asked_url(settings)
     root = project_root()
     settings.store_root.mkdir(parents=True, exist_ok=True)
     export_settings(settings)

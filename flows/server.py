@@ -20,7 +20,7 @@ import httpx
 from flows.services import running
 from flows.settings import LOOPBACK, Settings, environment, inherited_environment, prefect_api_url, prefect_environment
 from flows.underway import crash_gone
-from tasks.errors import WorkerError
+from tasks.errors import SettingsError, WorkerError
 
 log = logging.getLogger(__name__)
 
@@ -69,6 +69,13 @@ def staying_url(settings: Settings) -> str | None:
     """The API of the server that PREFECT_API_URL names, or that `seqmill up` started; None where there is neither."""
     service = running(prefect_folder(settings), "server")
     return prefect_api_url() or (service.url if service else None)
+
+
+def asked_url(settings: Settings) -> str:
+    """``staying_url`` for what makes no sense without one. Raises SettingsError where there is none."""
+    if url := staying_url(settings):
+        return url
+    raise SettingsError("PREFECT_API_URL: not set, and no server of this store is up; name the server, or call seqmill up")
 
 
 def prefect_folder(settings: Settings) -> Path:

@@ -56,10 +56,11 @@ def deploy(
     store: StoreOption = None,
 ) -> None:
     """Deploy every flow, with the work pool and the automations, to the server that PREFECT_API_URL or `up` names."""
-    from flows.server import prefect_server
+    from flows.server import asked_url, prefect_server
     from flows.up import project_root
 
-    with prefect_server(load_settings(store=store)) as url:
+    asked_url(settings := load_settings(store=store))  # deployed to a server of this command's own, it would be gone with it
+    with prefect_server(settings) as url:
         from flows.registration import register
 
         register(project_root())

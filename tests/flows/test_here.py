@@ -47,3 +47,11 @@ def test_ls_of_a_kind_that_is_not_there_says_which_are(tmp_path: Path) -> None:
 def test_the_help_names_the_variable_of_the_store() -> None:
     help_of_run = CliRunner().invoke(app, ["run", "--help"], env={"COLUMNS": "120"}, catch_exceptions=False)
     assert "SEQMILL_STORE" in help_of_run.stdout
+
+
+@pytest.mark.parametrize("command", [["deploy", "--pools"], ["worker", "cpu"]])
+def test_what_needs_a_server_that_stays_starts_none(command: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("flows.server.prefect_api_url", lambda: None)
+    result = CliRunner().invoke(app, [*command, "--store", str(tmp_path)])
+    assert str(result.exception).startswith("PREFECT_API_URL: not set, and no server of this store is up; name the server")
+    assert not (tmp_path / ".prefect" / "server.log").exists()
