@@ -50,10 +50,10 @@ def only_rank() -> dict[str, str]:
     return {**ranks, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
 
 
-def free_port() -> int:
-    """A port that nothing listens on now."""
+def free_port(address: str = "127.0.0.1") -> int:
+    """A port of an address of this host's that nothing uses now."""
     with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
+        free.bind((address, 0))
         return int(free.getsockname()[1])
 
 

@@ -107,7 +107,8 @@ class Party:
 
     def go(self) -> Launch:
         """Tell the members, which are ready, to start their ranks; returns what this node is to start."""
-        host, port = self.members[0].wire.own_address, free_port()
+        host = self.members[0].wire.own_address
+        port = free_port(host)
         launches = [Launch(node, self.ranks, host, port, self.launcher) for node in range(len(self.ranks))]
         for member, launch in zip(self.members, launches[1:], strict=True):
             member.wire.send({"say": "go", "party": self.number, "launch": launch})
