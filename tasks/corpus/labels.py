@@ -93,6 +93,8 @@ def _starts_by_stand_ins(chat: Chat, text: str, conversation: Conversation) -> d
     The template is given a stand-in for each answer; put back in their places, the words must give ``text`` again.
     """
     numbers = [number for number, turn in enumerate(conversation) if turn.is_answer]
+    if any(_stand_in(conversation[number], number).content in text for number in numbers):
+        return {}
     skeleton = chat.render(tuple(_stand_in(turn, number) for number, turn in enumerate(conversation)))
     starts: dict[int, int] = {}
     built = ""
@@ -106,7 +108,7 @@ def _starts_by_stand_ins(chat: Chat, text: str, conversation: Conversation) -> d
 
 
 def _stand_in(turn: Turn, number: int) -> Turn:
-    # Of the private use area, which no text is likely to hold; one that does comes out unequal above.
+    # Of the private use area, which no text is likely to hold; of one that does nothing is told above.
     return turn._replace(content=f"\ue0b5{number}\ue0b6") if turn.is_answer else turn
 
 

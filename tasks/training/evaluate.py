@@ -9,6 +9,7 @@ Writes  result.json   {"validation": {"loss", "num_blocks", "num_tokens"} | None
 """
 
 import logging
+import math
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -43,15 +44,27 @@ def evaluate(plan: EvaluatorPlan) -> None:
     loaded = load_language_model(Path(plan.model_dir), Path(plan.adapter_dir) if plan.adapter_dir else None, plan.spec["dtype"])
     batch_size = blocks_per_batch(plan.block_size, loaded.model.config.vocab_size)
     blocks = read_blocks(plan.block_files, plan.num_blocks)
-    result = {
+    figures = {
         "validation": validate(loaded.model, blocks, batch_size, plan.boundary_id),
         "examples": validate_examples(loaded.model, plan.examples_file, plan.num_examples_rows) if plan.examples_file else None,
         "held_out": held_out_answers(loaded, Path(plan.held_out_file), plan) if plan.held_out_file else None,
+    }
+    check_finite(figures, plan.spec["dtype"])
+    told = {
         "samples": list(samples(loaded, plan.spec)),
         "harness": harness_results(loaded, plan) if plan.spec["harness"] else None,
     }
     measured = {"seconds": round(time.perf_counter() - started, 3), "decoding": decoding_speed(loaded)}
-    write_atomically(Path(plan.result_path), orjson.dumps({**result, **measured}))
+    write_atomically(Path(plan.result_path), orjson.dumps({**figures, **told, **measured}))
+
+
+def check_finite(figures: dict[str, Any], dtype: str) -> None:
+    """Raise CorpusError for a loss that is no finite number: JSON has none such, and no bound holds of it."""
+    losses = {name: [figures[name]["loss"]] for name in ("validation", "examples") if figures[name]}
+    losses["held_out"] = [row["loss"] for row in figures["held_out"] or ()]
+    for name, found in losses.items():
+        if odd := [loss for loss in found if not math.isfinite(loss)]:
+            raise CorpusError(f"{name}: the loss is {odd[0]}; the model's weights are damaged, or overflow in {dtype}")
 
 
 @torch.inference_mode()

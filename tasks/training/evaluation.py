@@ -52,7 +52,7 @@ class EvaluationSpec(Spec):
     max_sample_tokens: int = Field(100, ge=1, description="length of a sample, in tokens")
     temperature: float = Field(0.8, ge=0, description="of the samples; 0 takes the likeliest token every time")
     top_p: float = Field(0.95, gt=0, le=1, description="share of the probability that samples draw from")
-    seed: int = Field(0, ge=0, description="of the samples, the same for each of them")
+    seed: int = Field(0, ge=0, lt=1 << 32, description="of the samples, the same for each of them")
     max_validation_blocks: int | None = Field(
         None, ge=1, description="blocks of the validation split, and rows of its examples; absent: all of them"
     )

@@ -31,6 +31,8 @@ REPLACEMENT = "\ufffd"  # what a decoder writes for bytes that are no character,
 # 57 KB a token in float32 for a model of 1.5 billion parameters: 2 GB of keys and values.
 MAX_BATCH_TOKENS = 32_768
 
+# Below this the likeliest is taken as at 0: logits divided by it leave float32.
+LEAST_TEMPERATURE = 1e-6
 
 Turn = dict[str, str]  # role, content
 
@@ -131,7 +133,7 @@ def generate(
     temperature: 0 takes the likeliest token every time. chat: the prompt is a user's turn; None: where there is a chat template.
     Raises RecipeError where the prompt, or a number given, cannot be used.
     """
-    _check_sampling(max_new_tokens, temperature, top_p)  # before the seconds that loading takes
+    _check_sampling(max_new_tokens, temperature, top_p, seed)  # before the seconds that loading takes
     loaded = load_language_model(model_dir, adapter_dir)
     sampling: dict[str, Any] = {"max_new_tokens": max_new_tokens, "temperature": temperature, "top_p": top_p, "seed": seed}
     yield from continue_text(loaded, prompt, **sampling, chat=loaded.has_chat_template if chat is None else chat)
@@ -148,7 +150,7 @@ def continue_text(
     chat: bool = False,
 ) -> Iterator[str]:
     """As ``generate``, with a model that is loaded already. The same arguments give the same text."""
-    _check_sampling(max_new_tokens, temperature, top_p)
+    _check_sampling(max_new_tokens, temperature, top_p, seed)
     prompt_ids = loaded.encode(prompt, chat)
     return continue_ids(loaded, prompt_ids, max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, seed=seed)
 
@@ -163,7 +165,7 @@ def continue_ids(
     seed: int = 0,
 ) -> Iterator[str]:
     """As ``continue_text``, of ids."""
-    _check_sampling(max_new_tokens, temperature, top_p)
+    _check_sampling(max_new_tokens, temperature, top_p, seed)
     room = max_new_tokens if loaded.max_positions is None else loaded.max_positions - len(prompt_ids)
     if room < 1:
         raise RecipeError(f"prompt: {len(prompt_ids)} tokens, the model has {loaded.max_positions} positions; shorten it")
@@ -188,7 +190,7 @@ def sample_ids(
 def choose(logits_V: torch.Tensor, temperature: float, top_p: float, dice: torch.Generator) -> int:
     """One id: the likeliest at temperature 0, else drawn from the smallest set of ids that holds ``top_p`` of the mass."""
     logits_V = logits_V.float().cpu()
-    if temperature == 0:
+    if temperature < LEAST_TEMPERATURE:
         return int(logits_V.argmax())
     mass_V, ids_V = torch.softmax(logits_V / temperature, -1).sort(descending=True, stable=True)
     mass_V[mass_V.cumsum(-1) - mass_V >= top_p] = 0
@@ -311,13 +313,15 @@ def _stop_ids(model: Any, tokenizer: Any) -> frozenset[int]:
     return frozenset(found for found in ids if found is not None)
 
 
-def _check_sampling(max_new_tokens: int, temperature: float, top_p: float) -> None:
+def _check_sampling(max_new_tokens: int, temperature: float, top_p: float, seed: int) -> None:
     if max_new_tokens < 1:
         raise RecipeError(f"max_new_tokens: {max_new_tokens}; give 1 or more")
-    if temperature < 0:
+    if not temperature >= 0:  # or no number
         raise RecipeError(f"temperature: {temperature}; give 0 (the likeliest token) or more")
     if not 0 < top_p <= 1:
         raise RecipeError(f"top_p: {top_p}; give more than 0 and at most 1")
+    if not -(1 << 63) <= seed < 1 << 64:
+        raise RecipeError(f"seed: {seed}; give one of 64 bits")
 
 
 def _first_line(error: Exception) -> str:

@@ -34,7 +34,7 @@ class OptimizationSpec(Spec):
     compiled: Literal["layers"] | None = Field(
         None, description="torch.compile, of every layer by itself; absent: nothing is compiled"
     )
-    seed: int = Field(0, ge=0, description="of initial weights, data order and dropout")
+    seed: int = Field(0, ge=0, lt=1 << 32, description="of initial weights, data order and dropout")
     checkpoint_steps: int = unkeyed(100, description="steps between checkpoints")
     logging_steps: int = unkeyed(5, description="steps between two reports of metrics")
     loss_jump: float | None = unkeyed(

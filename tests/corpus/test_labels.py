@@ -88,6 +88,12 @@ def test_words_that_look_like_the_template_are_words(tmp_path: Path, name: str, 
     assert run.lstrip().startswith(words)
 
 
+def test_words_that_are_what_stands_in_for_words_are_words(tmp_path: Path) -> None:
+    chat = load_chat(write_named(tmp_path, "chatml"))
+    words = "\ue0b51\ue0b6"
+    assert learned(chat, (Turn("user", f"{words}user"), Turn("assistant", words))) == [f"{words}<|im_end|>"]
+
+
 def test_an_empty_thought_that_the_template_puts_in_is_not_learned(tmp_path: Path) -> None:
     chat = load_chat(write_named(tmp_path, "qwen3"))
     assert "<think>\n\n</think>\n\n再见。" in render(chat, TWO_TURNS).text

@@ -1,6 +1,8 @@
 """The evaluator on a tiny model, and the stage around it through the real store and launcher."""
 
 import itertools
+import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -259,6 +261,19 @@ def test_a_token_beyond_the_models_vocabulary_is_refused(inputs: dict[str, Artif
     loaded = load_language_model(inputs["model"].path)
     with pytest.raises(CorpusError, match=f"token id {VOCAB_SIZE}, the model's vocabulary has {VOCAB_SIZE}"):
         validate(loaded.model, iter([np.array([0, VOCAB_SIZE], dtype=np.int32)]), 1)
+
+
+def test_a_model_whose_loss_is_no_number_is_refused(inputs: dict[str, Artifact], tmp_path: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    folder = shutil.copytree(inputs["model"].path, tmp_path / "model")
+    weights = load_file(folder / "model.safetensors")
+    weights["model.norm.weight"][0] = float("nan")
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    plan = evaluator_plan(SPEC, tmp_path, **{**inputs, "adapter": None})
+    with pytest.raises(CorpusError, match="validation: the loss is nan; the model's weights are damaged, or overflow in float32"):
+        evaluate(replace(plan, model_dir=str(folder)))
+    assert not (tmp_path / "result.json").exists()
 
 
 def test_a_batch_is_as_large_as_its_logits_allow() -> None:

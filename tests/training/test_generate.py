@@ -101,6 +101,11 @@ def test_temperature_0_takes_the_likeliest() -> None:
     assert choose(torch.tensor([0.1, 3.0, 2.9]), 0, 1.0, torch.Generator()) == 1
 
 
+@pytest.mark.parametrize("temperature", [1e-9, 1e-44, 1e-300])
+def test_next_to_no_temperature_is_none(temperature: float) -> None:
+    assert choose(torch.tensor([0.5, 90.0, 2.0]), temperature, 1.0, torch.Generator()) == 1
+
+
 def test_top_p_never_draws_outside_the_likeliest_mass() -> None:
     dice = torch.Generator().manual_seed(0)
     drawn = {choose(torch.tensor([0.6, 0.3, 0.1]).log(), 1.0, 0.7, dice) for _ in range(200)}
@@ -200,7 +205,13 @@ def test_chat_without_a_template_is_refused(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("changed", "message"),
-    [({"max_new_tokens": 0}, "max_new_tokens: 0"), ({"temperature": -1.0}, "temperature: -1"), ({"top_p": 0.0}, "top_p: 0")],
+    [
+        ({"max_new_tokens": 0}, "max_new_tokens: 0"),
+        ({"temperature": -1.0}, "temperature: -1"),
+        ({"temperature": float("nan")}, "temperature: nan"),
+        ({"top_p": 0.0}, "top_p: 0"),
+        ({"seed": 1 << 64}, "seed: 18446744073709551616"),
+    ],
 )
 def test_a_number_that_cannot_be_used_is_refused(loaded: LanguageModel, changed: dict[str, Any], message: str) -> None:
     with pytest.raises(RecipeError, match=message):

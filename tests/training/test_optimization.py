@@ -3,6 +3,7 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
+from tasks.training.evaluation import EvaluationSpec
 from tasks.training.optimization import OptimizationSpec
 
 
@@ -22,6 +23,14 @@ def test_epochs_become_steps_that_cover_every_row() -> None:
 def test_exactly_one_of_steps_and_epochs(fields: dict[str, Any]) -> None:
     with pytest.raises(ValidationError, match="give exactly one of them"):
         spec(**fields)
+
+
+def test_a_seed_that_numpy_does_not_take_is_refused_before_anything_runs() -> None:
+    assert spec(num_steps=1, seed=2**32 - 1).seed == 2**32 - 1
+    with pytest.raises(ValidationError, match="less than 4294967296"):
+        spec(num_steps=1, seed=2**32)
+    with pytest.raises(ValidationError, match="less than 4294967296"):
+        EvaluationSpec(seed=2**32)
 
 
 def test_warm_up_is_no_longer_than_training() -> None:
