@@ -390,6 +390,14 @@ def test_a_connection_that_fails_before_it_is_taken_keeps_no_other_node_away(mon
     crew.close()
 
 
+def test_what_a_stranger_says_makes_no_line_of_the_log(crew: Crew, caplog: pytest.LogCaptureFixture) -> None:
+    wire = reach(crew, {**HELLO, "name": "a\nERROR b", "release": {"torch": "1\nERROR c" + "x" * 1000}})
+    assert (wire.receive(10) or {})["say"] == "refuse"
+    assert wire.receive(10) is None
+    assert "node a ERROR b (127.0.0.1)" in caplog.text
+    assert not [line for record in caplog.records for line in record.getMessage().splitlines() if line.startswith("ERROR")]
+
+
 @pytest.mark.parametrize("hello", [{"say": "GET / HTTP/1.1"}, {**HELLO, "protocol": PROTOCOL + 1}])
 def test_strangers_and_other_releases_are_turned_away(crew: Crew, hello: Message) -> None:
     wire = reach(crew, hello)

@@ -178,12 +178,14 @@ def _member(wire: Wire, secret: str) -> Member | None:
         return None
     if why := _other_release(hello):
         wire.send({"say": "refuse", "why": f"{why} than on the node that leads; install the same on all"})
-        log.warning("node %s (%s): %s than here%s; turned away", hello.get("name"), wire.peer_address, why, _told_apart(hello))
+        log.warning(
+            "node %s (%s): %s than here%s; turned away", _plain(hello.get("name")), wire.peer_address, why, _told_apart(hello)
+        )
         return None
     if not is_known(wire, hello, secret):
         return None
     slots = hello.get("slots")
-    return Member(str(hello.get("name")), slots, wire) if isinstance(slots, int) and slots > 0 else None
+    return Member(_plain(hello.get("name")), slots, wire) if isinstance(slots, int) and slots > 0 else None
 
 
 def _other_release(hello: Message) -> str | None:
@@ -196,7 +198,13 @@ def _other_release(hello: Message) -> str | None:
 
 def _told_apart(hello: Message) -> str:
     found = differing(hello.get("release"))
-    return f" ({', '.join(f'{name} {theirs}, here {here}' for name, (theirs, here) in found.items())})" if found else ""
+    told = ", ".join(f"{name} {_plain(theirs)}, here {here}" for name, (theirs, here) in found.items())
+    return f" ({told})" if told else ""
+
+
+def _plain(said: object) -> str:
+    """What a stranger says, as a part of one line of the log."""
+    return " ".join(str(said).split())[:40]
 
 
 _crews: dict[tuple[str, int], Crew] = {}
