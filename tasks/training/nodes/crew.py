@@ -18,7 +18,7 @@ from tasks.machine import Nodes
 from tasks.training.nodes.nodes import share_out
 from tasks.training.nodes.release import differing
 from tasks.training.nodes.secret import is_known
-from tasks.training.nodes.wire import Message, Wire
+from tasks.training.nodes.wire import Message, Wire, plain
 
 log = logging.getLogger(__name__)
 
@@ -179,13 +179,13 @@ def _member(wire: Wire, secret: str) -> Member | None:
     if why := _other_release(hello):
         wire.send({"say": "refuse", "why": f"{why} than on the node that leads; install the same on all"})
         log.warning(
-            "node %s (%s): %s than here%s; turned away", _plain(hello.get("name")), wire.peer_address, why, _told_apart(hello)
+            "node %s (%s): %s than here%s; turned away", plain(hello.get("name")), wire.peer_address, why, _told_apart(hello)
         )
         return None
     if not is_known(wire, hello, secret):
         return None
     slots = hello.get("slots")
-    return Member(_plain(hello.get("name")), slots, wire) if isinstance(slots, int) and slots > 0 else None
+    return Member(plain(hello.get("name")), slots, wire) if isinstance(slots, int) and slots > 0 else None
 
 
 def _other_release(hello: Message) -> str | None:
@@ -198,13 +198,8 @@ def _other_release(hello: Message) -> str | None:
 
 def _told_apart(hello: Message) -> str:
     found = differing(hello.get("release"))
-    told = ", ".join(f"{name} {_plain(theirs)}, here {here}" for name, (theirs, here) in found.items())
+    told = ", ".join(f"{name} {plain(theirs)}, here {here}" for name, (theirs, here) in found.items())
     return f" ({told})" if told else ""
-
-
-def _plain(said: object) -> str:
-    """What a stranger says, as a part of one line of the log."""
-    return " ".join(str(said).split())[:40]
 
 
 _crews: dict[tuple[str, int], Crew] = {}

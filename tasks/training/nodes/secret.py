@@ -16,7 +16,7 @@ import secrets
 from typing import Any
 
 from tasks.errors import SettingsError
-from tasks.training.nodes.wire import Message, Wire
+from tasks.training.nodes.wire import Message, Wire, plain
 
 log = logging.getLogger(__name__)
 
@@ -57,7 +57,7 @@ def is_known(wire: Wire, hello: Message, secret: str) -> bool:
     wire.send({"say": "challenge", "nonce": nonces[1]})
     answer = wire.receive(ANSWER_SECONDS, ANSWER_BYTES)
     if answer is None or answer["say"] != "proof" or not _is_right(answer, secret, NODE, nonces):
-        name = hello.get("name")
+        name = plain(hello.get("name"))
         log.warning("node %s (%s): another SEQMILL_RENDEZVOUS_SECRET than here, or none; turned away", name, wire.peer_address)
         wire.send({"say": "refuse", "why": f"another rendezvous' secret than on the node that leads, or none; {REMEDY}"})
         return False

@@ -63,3 +63,8 @@ class Wire:
         with contextlib.suppress(OSError):
             self._connection.shutdown(socket.SHUT_RDWR)
         self._connection.close()
+
+
+def plain(said: object) -> str:
+    """What a stranger says, as a part of one line of the log."""
+    return " ".join(str(said).split())[:40]
