@@ -1,14 +1,19 @@
 """Two builds of one key have other bytes, as a model that is trained twice: a cache that has both mixes nothing."""
 
+import contextlib
 import os
+import secrets
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from tasks.errors import StoreError
 from tasks.machine import Machine
-from tasks.store import Artifact, Built, SharedStore, Work, shard_entry, stage
+from tasks.store import Artifact, Built, SharedStore, Work, digest_bytes, shard_entry, stage
 from tasks.store.lease import end_lease
 from tasks.store.trim import trim
 from tests.store.shared_build import QUICK, WordSpec, build_drawn
@@ -150,3 +155,49 @@ def test_a_list_of_shards_that_were_built_anew_is_not_lost_where_the_old_ones_ar
     (entry,) = now.shards()
     assert now.shard_file(entry, "a").read_bytes() == new.shard_file(entry, "a").read_bytes()
     assert machine("fourth").find(new.kind, new.key)
+
+
+CACHES = ("here", "there", "third")
+STEPS = st.lists(
+    st.one_of(
+        st.tuples(st.just("ask"), st.sampled_from(CACHES), st.just("")),
+        st.tuples(st.just("read"), st.integers(0, 9), st.sampled_from(["a", "b"])),
+        st.tuples(st.just("open"), st.integers(0, 9), st.sampled_from(["a", "b"])),
+        st.tuples(st.just("set aside"), st.sampled_from(CACHES), st.just("")),
+        st.tuples(st.just("sweep"), st.just(""), st.just("")),
+    ),
+    max_size=20,
+)
+
+
+@given(steps=STEPS)
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
+def test_whoever_holds_a_build_reads_its_bytes_or_is_told_that_they_are_gone(
+    tmp_path: Path, steps: list[tuple[str, object, str]]
+) -> None:
+    folder = tmp_path / secrets.token_hex(8)
+    held: list[Artifact] = []
+    paths: dict[Path, bytes] = {}
+
+    def opened(name: object) -> SharedStore:
+        return SharedStore(f"file://{folder / 'bucket'}", folder / str(name), claim_seconds=0.2, patience=QUICK)
+
+    for what, which, name in [("ask", "here", ""), *steps]:
+        artifact = held[which % len(held)] if isinstance(which, int) else None
+        if what == "ask":
+            held.append(drawn(opened(which)))
+        elif what == "set aside":
+            opened(which).set_aside("drawn", held[0].key, "for this test")
+        elif what == "sweep":  # as a collector, of what no manifest names
+            standing = opened("here").load("drawn", held[0].key)
+            for place in folder.glob(f"bucket/{held[0].ref}/*/"):
+                if not standing or place.name != standing.manifest.produced_by["place"]:
+                    shutil.rmtree(place)
+        elif artifact:
+            with contextlib.suppress(StoreError):
+                path = artifact.file(name)
+                data = path.read_bytes() if what == "open" else artifact.read(name, 0, 16)
+                assert digest_bytes(data) == artifact.entry(name).digest
+                paths[path] = data
+        for path, data in paths.items():
+            assert not path.exists() or path.read_bytes() == data
