@@ -25,13 +25,16 @@ FIGURES = {
 }
 
 
-def model_card(store: ArtifactStore, model: Artifact, merged: bool) -> str:
-    """The card as Markdown, with the fields that the Hugging Face hub reads in front."""
+def model_card(store: ArtifactStore, model: Artifact, merged: bool, is_read_alike: bool = True) -> str:
+    """The card as Markdown, with the fields that the Hugging Face hub reads in front.
+
+    is_read_alike: Transformers, unless told, reads the folder's tokenizer as training did.
+    """
     lines = list(ancestors(store, model))
     sections = [
         front_matter(model, merged),
         f"# {title(model, merged)}",
-        use(model, merged),
+        use(model, merged, is_read_alike),
         table("Training", ("field", "value"), training(model)),
         table("Evaluation", ("figure", "value"), evaluation(store, model)),
         table("Lineage", ("stage", "key", "content", "made from"), lineage(lines)),
@@ -54,7 +57,7 @@ def title(model: Artifact, merged: bool) -> str:
     return f"{name[0].upper()}{name[1:]} {model.key[:12]}"
 
 
-def use(model: Artifact, merged: bool) -> str:
+def use(model: Artifact, merged: bool, is_read_alike: bool = True) -> str:
     """Code that loads the folder."""
     if model.has_file("adapter_config.json") and not merged:
         # PEFT has no such method, and knows it from then on.
@@ -65,7 +68,16 @@ def use(model: Artifact, merged: bool) -> str:
             "The base is named in adapter_config.json; the adapter means nothing on another."
         )
     asked = '[{"role": "user", "content": "..."}]' if has_chat_template(model) else '"..."'
-    return f'```python\nfrom transformers import pipeline\n\nask = pipeline("text-generation", "this folder")\nask({asked})\n```'
+    call = 'ask = pipeline("text-generation", "this folder"'
+    if is_read_alike:
+        return f"```python\nfrom transformers import pipeline\n\n{call})\nask({asked})\n```"
+    return (
+        "```python\nfrom transformers import PreTrainedTokenizerFast, pipeline\n\n"
+        'tokenizer = PreTrainedTokenizerFast.from_pretrained("this folder")\n'
+        f"{call}, tokenizer=tokenizer)\nask({asked})\n```\n\n"
+        "Not with AutoTokenizer, nor with a server that takes it: of this type of model it has rules of its own, by which text "
+        "becomes other ids than the model was trained on."
+    )
 
 
 def has_chat_template(model: Artifact) -> bool:

@@ -6,6 +6,7 @@ Writes  config.json, generation_config.json, *.safetensors, the tokenizer's file
 """
 
 import json
+import logging
 import re
 import shutil
 import tempfile
@@ -22,6 +23,8 @@ from tasks.store.digest import fsync_tree
 from tasks.training.adapter import MERGE, MERGEABLE, number_format
 from tasks.training.finetuned import generation_fields
 from tasks.training.launch import run_worker
+
+log = logging.getLogger(__name__)
 
 ADAPTER_CONFIG = "adapter_config.json"
 MERGED = "merged/"
@@ -50,12 +53,26 @@ def export_model(store: ArtifactStore, machine: Machine, artifact: Artifact, tar
             copy_files(artifact, folder, "")
         if is_adapter and not merged:
             name_base(store, artifact, folder)
-        (folder / "README.md").write_text(model_card(store, artifact, merged), encoding="utf-8")
+        is_read_alike = reads_alike(artifact, folder)
+        (folder / "README.md").write_text(model_card(store, artifact, merged, is_read_alike), encoding="utf-8")
         for path in folder.iterdir():
             path.chmod(0o644)  # safetensors writes for its owner alone, and who serves a model may be another
         fsync_tree(folder)
         folder.replace(target)
     return target
+
+
+def reads_alike(artifact: Artifact, folder: Path) -> bool:
+    """Whether Transformers reads the folder's tokenizer as training did; says so where it does not."""
+    from tasks.training.rules import is_read_alike
+
+    if not all((folder / name).is_file() for name in ("config.json", "tokenizer.json")) or is_read_alike(folder):
+        return True
+    log.warning(
+        "%s: Transformers' AutoTokenizer has rules of its own for this type of model, and gives other ids than tokenizer.json; "
+        "load the tokenizer as README.md says", artifact.short,
+    )  # fmt: skip
+    return False
 
 
 def copy_files(artifact: Artifact, folder: Path, below: str) -> None:

@@ -11,7 +11,9 @@ from flows.export import export_model
 from tasks.errors import RefError, UserError
 from tasks.machine import Machine
 from tasks.store import Artifact, ArtifactStore, Built, Spec, Work, stage, unkeyed
+from tasks.training.rules import is_read_alike
 from tests.flows.models import FolderSpec, build_adapter, build_examples, build_untemplated
+from tests.training.test_generate import sentence_tokenizer
 from tests.training.tiny import save_tiny_model
 
 IDS = torch.tensor([[1, 2, 3, 4, 5]])
@@ -31,6 +33,13 @@ def build_bottleneck(work: Work, spec: FolderSpec, base: Artifact, examples: Art
 @stage("published", revision=1, identify_source=lambda spec, store, machine: spec.source)
 def build_published(work: Work, spec: PublishedSpec) -> Built:
     save_tiny_model(work.folder)
+    return Built()
+
+
+@stage("pretrained", revision=1)
+def build_sentences(work: Work, spec: FolderSpec) -> Built:
+    save_tiny_model(work.folder)
+    sentence_tokenizer().save(str(work.folder / "tokenizer.json"))
     return Built()
 
 
@@ -99,6 +108,20 @@ def test_the_card_shows_a_call_that_the_folder_can_answer(store: ArtifactStore, 
     assert "import tasks.training.adapters.bottleneck\nfrom peft" in model_card(plain, bottleneck, merged=False)
     assert "import tasks" not in model_card(store, store.resolve("finetuned"), merged=False)
     assert 'ask([{"role": "user", "content": "..."}])' in model_card(store, store.resolve("finetuned"), merged=False)
+
+
+def test_a_tokenizer_that_transformers_reads_by_other_rules_is_told_of(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    from transformers import PreTrainedTokenizerFast
+
+    store = ArtifactStore(tmp_path / "store")
+    folder = export_model(store, Machine(), build_sentences(store, Machine(), FolderSpec()), tmp_path / "out", merged=False)
+    assert "AutoTokenizer has rules of its own" in caplog.text
+    assert "PreTrainedTokenizerFast.from_pretrained" in (folder / "README.md").read_text()
+    as_told = PreTrainedTokenizerFast.from_pretrained(folder)
+    assert as_told.decode(as_told.encode("one 好", add_special_tokens=False)) == "one 好"
+    caplog.clear()
+    (folder / "config.json").write_text('{"model_type": "llama"}')
+    assert is_read_alike(folder)
 
 
 def test_a_link_to_an_empty_folder_is_written_through(store: ArtifactStore, tmp_path: Path) -> None:
