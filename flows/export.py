@@ -16,7 +16,9 @@ import orjson
 
 from flows.card import model_card
 from flows.models import base_of, folders_of
-from tasks.errors import StoreError, UserError
+from tasks.corpus.chat import load_chat
+from tasks.corpus.proof import answer_shapes
+from tasks.errors import CorpusError, StoreError, UserError
 from tasks.machine import Machine
 from tasks.store import Artifact, ArtifactStore
 from tasks.store.digest import fsync_tree
@@ -105,10 +107,15 @@ def write_merged(store: ArtifactStore, machine: Machine, adapter: Artifact, fold
 
 
 def end_markers(store: ArtifactStore, model: Artifact) -> list[int]:
-    """The ids that close an answer of the examples that a model was trained on; none where those are gone."""
+    """The ids that close an answer of the examples that a model was trained on; by its chat template where those are gone."""
     kind, _, key = model.manifest.produced_by["inputs"].get("examples", "").partition("/")
-    examples = store.load(kind, key) if key else None
-    return list(examples.stats.get("end_markers", {}).values()) if examples else []
+    if key and (examples := store.load(kind, key)):
+        return list(examples.stats.get("end_markers", {}).values())
+    try:
+        chat = load_chat(model.path)
+        return list(dict.fromkeys(chat.special[shape.end_marker] for shape in answer_shapes(chat)))
+    except CorpusError:  # of no template that closes answers
+        return []
 
 
 def name_base(store: ArtifactStore, adapter: Artifact, folder: Path) -> None:

@@ -1,5 +1,6 @@
 """Exported folders, loaded with plain transformers and PEFT."""
 
+import shutil
 from pathlib import Path
 
 import orjson
@@ -7,12 +8,12 @@ import pytest
 import torch
 
 from flows.card import model_card
-from flows.export import export_model
+from flows.export import end_markers, export_model
 from tasks.errors import RefError, UserError
 from tasks.machine import Machine
 from tasks.store import Artifact, ArtifactStore, Built, Spec, Work, stage, unkeyed
 from tasks.training.rules import is_read_alike
-from tests.flows.models import FolderSpec, build_adapter, build_examples, build_untemplated
+from tests.flows.models import FolderSpec, build_adapter, build_examples, build_untemplated, small_store
 from tests.training.test_generate import sentence_tokenizer
 from tests.training.tiny import save_tiny_model
 
@@ -129,6 +130,13 @@ def test_a_link_to_an_empty_folder_is_written_through(store: ArtifactStore, tmp_
     (tmp_path / "link").symlink_to(tmp_path / "real")
     assert export_model(store, Machine(), store.resolve("finetuned"), tmp_path / "link", merged=False) == tmp_path / "real"
     assert "model.safetensors" in names(tmp_path / "link")
+
+
+def test_where_a_merged_adapter_stops_is_known_without_its_examples(tmp_path: Path) -> None:
+    store = small_store(tmp_path)
+    assert end_markers(store, store.resolve("adapter")) == [258]
+    shutil.rmtree(store.resolve("examples").path)
+    assert end_markers(store, store.resolve("adapter")) == [258]
 
 
 @pytest.mark.slow  # starts the merging process
