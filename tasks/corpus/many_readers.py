@@ -24,6 +24,7 @@ from tasks.corpus.shards import build_shards
 from tasks.corpus.stitching import Stitcher, write_in_pool
 from tasks.errors import CorpusError
 from tasks.store import Artifact, ArtifactStore, ShardEntry, Work, shard_entry
+from tasks.store.lease import end_lease
 
 log = logging.getLogger(__name__)
 
@@ -82,7 +83,10 @@ def read_ranges(work: Work, plan: Plan, archive: Artifact, stitcher: Stitcher) -
     """Have every range read, and stitch them. Raises RangeError where one reader should look."""
     store = work.store if work.machine.cluster else ArtifactStore(work.scratch / OWN_RANGES)
     items = [RangeWork(spec, {"archive": archive}, store) for spec in plan.specs]
-    for one in build_shards(replace(work, store=store), build_range, read_in_pool, items, "ranges"):
+    ranges = build_shards(replace(work, store=store), build_range, read_in_pool, items, "ranges")
+    if store is not work.store:
+        end_lease(store.root)  # a file server (NFS) keeps the folder of a file that is held open, and the commit removes it
+    for one in ranges:
         stitcher.take(one)
     if plan.specs[0].codec:
         check_chain(stitcher.pieces, archive.entry("archive").num_bytes)

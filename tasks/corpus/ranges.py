@@ -32,6 +32,7 @@ from tasks.corpus.shards import ShardWork
 from tasks.machine import Machine, give_back_memory
 from tasks.schemas import RANGE_ROWS, SPLITS
 from tasks.store import Artifact, ArtifactStore, Built, Spec, Work, stage
+from tasks.store.lease import no_longer
 
 # Of texts that are read once and then thrown away: it costs half of what zstd does.
 COMPRESSION = "lz4"
@@ -62,7 +63,8 @@ def read_in_pool(item: ShardWork) -> Artifact:
     """Read one range in this worker."""
     assert isinstance(item, RangeWork)
     assert isinstance(item.spec, RangeSpec)
-    artifact = build_range(item.store, Machine(), item.spec, **item.inputs)
+    with no_longer():  # who gave the work holds off the collector, and removes the store where it is in a scratch folder
+        artifact = build_range(item.store, Machine(), item.spec, **item.inputs)
     give_back_memory()
     return artifact
 

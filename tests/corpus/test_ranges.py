@@ -1,8 +1,10 @@
 """An archive read in ranges makes the artifact that one reader makes, whatever lies where the ranges meet."""
 
 import bz2
+import os
 import random
 from collections.abc import Callable, Sequence
+from multiprocessing import active_children
 from pathlib import Path
 from typing import Any
 
@@ -198,6 +200,12 @@ def no_copies(store: ArtifactStore) -> bool:
     return not list(store.root.rglob("range*"))
 
 
+def open_copies(*processes: int) -> list[str]:
+    """Files of ranges that processes hold open: a file server (NFS) keeps the folder of such a file from being removed."""
+    links = [link for process in processes for link in Path(f"/proc/{process}/fd").glob("*") if link.is_symlink()]
+    return [path for link in links if "/.scratch/ranges/" in (path := os.readlink(link))]
+
+
 def test_processes_of_this_machine_read_ranges_and_leave_no_copy_of_the_text(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -210,6 +218,7 @@ def test_processes_of_this_machine_read_ranges_and_leave_no_copy_of_the_text(
     assert asked == ["ranges", "documents"]
     assert told(many) == told(by_one(tmp_path, data))
     assert no_copies(store)
+    assert open_copies(os.getpid(), *(worker.pid or 0 for worker in active_children())) == []
 
 
 def counted(asked: list[str], run: Callable[..., list[Any]]) -> Callable[..., list[Any]]:
@@ -242,6 +251,7 @@ def test_a_build_that_was_cut_off_behind_its_ranges_reads_none_again(tmp_path: P
         again = build_documents(store, machine, spec_of(), archive=archive)
     assert told(again) == told(by_one(tmp_path, data))
     assert no_copies(store)
+    assert open_copies(os.getpid()) == []
 
 
 def interrupt(item: object) -> Artifact:
