@@ -2,7 +2,7 @@
 
 Reads and writes  <cache>/<kind>/<key>/   as a local store has it: the manifest once it is known, files once they are fetched
                   <cache>/<kind>/<key>.<content>/   files of another build of the key than the one whose files came first
-                  <cache>/.locks/<kind>-<key>       the content of the build whose files came first
+                  <cache>/.locks/<kind>-<key>       how the content begins of the build whose files came first
                   <cache>/.fetching       files on their way, and what a killed fetch left of them
                   <cache>/.holder         the name of the folder, as claims tell it
 """
@@ -27,11 +27,12 @@ from tasks.machine import Advance
 from tasks.store.artifact import MANIFEST_NAME, Artifact, FileEntry, Manifest
 from tasks.store.bucket import Bucket
 from tasks.store.digest import Digest, digest_bytes, digest_file, fsync_path, write_atomically
-from tasks.store.layout import file_name
-from tasks.store.store import is_at
+from tasks.store.layout import DIGEST, file_name
+from tasks.store.store import KIND, is_at
 
-CONTENT_CHARACTERS = 64
+BUILD_CHARACTERS = 16  # of a content, by which builds of one key are told apart
 FETCHING, HOLDER = ".fetching", ".holder"
+COPY = re.compile(rf"({KIND.pattern})/({DIGEST.pattern})(?:\.([0-9a-f]{{{BUILD_CHARACTERS}}}))?(?:/(.*))?")
 
 
 class Cache:
@@ -85,9 +86,25 @@ class Cache:
 
         Two builds of one key may have other bytes under the same names, and a path that was given out may be opened much later.
         """
-        home = self.root / manifest.kind / manifest.key
-        owner = self._owner(manifest.kind, manifest.key)
-        return home if owner in (None, manifest.content) else home.with_name(f"{manifest.key}.{manifest.content[:16]}")
+        build = manifest.content[:BUILD_CHARACTERS]
+        is_home = self._owner(manifest.kind, manifest.key) in (None, build)
+        return self.root / manifest.kind / (manifest.key if is_home else f"{manifest.key}.{build}")
+
+    def told(self, path: str) -> str:
+        """A path below the cache as other machines are told of it, with the build whose files lie there."""
+        found = COPY.fullmatch(path)
+        if found is None or found[3] or (owner := self._owner(found[1], found[2])) is None:
+            return path
+        return "/".join(part for part in (found[1], f"{found[2]}.{owner}", found[4]) if part)
+
+    def here(self, path: str) -> str:
+        """Where this machine has, or will have, what another tells of so."""
+        found = COPY.fullmatch(path)
+        if found is None or not found[3]:
+            return path
+        self.own(found[1], found[2], found[3])
+        is_home = self._owner(found[1], found[2]) == found[3]
+        return "/".join(part for part in (found[1], found[2] if is_home else f"{found[2]}.{found[3]}", found[4]) if part)
 
     def own(self, kind: str, key: str, content: str) -> None:
         """Note of which build the files in the key's own folder are, unless that is noted: the first word stands.
@@ -98,15 +115,15 @@ class Cache:
         path.parent.mkdir(parents=True, exist_ok=True)
         with path.open("ab", buffering=0) as note:
             if os.fstat(note.fileno()).st_size == 0:
-                note.write(content.encode())  # appended, all at once
+                note.write(content[:BUILD_CHARACTERS].encode())  # appended, all at once
 
     def _owner(self, kind: str, key: str) -> str | None:
         try:
             with (self.root / ".locks" / f"{kind}-{key}").open("rb", buffering=0) as note:
-                content = note.read(CONTENT_CHARACTERS) or b""
+                build = note.read(BUILD_CHARACTERS) or b""
         except OSError:
             return None
-        return content.decode() if len(content) == CONTENT_CHARACTERS else None
+        return build.decode() if len(build) == BUILD_CHARACTERS else None
 
     def _own_unnoted(self, kind: str, key: str, known: bytes) -> None:
         """Files that came before there were notes are those of the manifest that lies beside them."""

@@ -15,6 +15,7 @@ from typing import Any
 
 from tasks.errors import SeqmillError, StoreError
 from tasks.store import ArtifactStore, Digest, SharedStore
+from tasks.store.cache import COPY
 from tasks.training.checkpoints import step_of
 from tasks.training.order import RowOrder, Share
 
@@ -45,13 +46,17 @@ class Arrivals:
 
     def fetch(self, path: str) -> None:
         """Bring a file or a folder of an artifact into the cache."""
-        kind, key, *name = Path(path).relative_to(self.store.root).parts
-        artifact = self.store.load(kind, Digest(key))
-        if artifact is None:
-            raise StoreError(
-                f"{self.store.place(kind, Digest(key))}: missing; give all nodes the same SEQMILL_STORE, and run again"
-            )
-        file = "/".join(name)
+        assert isinstance(self.store, SharedStore)
+        copy = COPY.fullmatch(self.store.cache.told(str(Path(path).relative_to(self.store.root))))
+        if copy is None:
+            raise StoreError(f"{path}: is no artifact's; give all nodes the same SEQMILL_STORE, and run again")
+        kind, key, build, file = copy[1], Digest(copy[2]), copy[3] or "", copy[4] or ""
+        artifact = self.store.load(kind, key)
+        if artifact and not artifact.content.startswith(build):  # perhaps only as this node heard of it
+            artifact = self.store.ask(kind, key)
+        if artifact is None or not artifact.content.startswith(build):
+            what = "another build of it is there than the node that leads has" if artifact else "missing"
+            raise StoreError(f"{self.store.place(kind, key)}: {what}; give all nodes the same SEQMILL_STORE, and run again")
         found = artifact.file(file) if artifact.has_file(file) else artifact.path
         log.debug("%s: here", found)
 

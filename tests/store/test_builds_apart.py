@@ -104,6 +104,16 @@ def test_a_cache_of_an_earlier_release_has_what_its_manifest_says(machine: Machi
     assert bytes_of(drawn(machine("there"))) == bytes_of(new)
 
 
+def test_a_note_with_the_whole_content_is_read_as_one_with_its_beginning(machine: Machines) -> None:
+    old = drawn(machine("here"))
+    there = machine("there").resolve(old.ref)
+    assert there.file("a").parent.name == old.key
+    note = machine("there").lock_path(old.kind, old.key)
+    assert note.read_text() == old.content[:16]
+    note.write_text(old.content)
+    assert (there.file("a").parent.name, note.read_text()) == (old.key, old.content)
+
+
 def test_a_trim_takes_both_once_nobody_uses_them(machine: Machines) -> None:
     old = drawn(machine("here"))
     held = machine("there").resolve(old.ref)

@@ -4,15 +4,18 @@ import queue
 from pathlib import Path
 from typing import Any
 
+import orjson
 import pytest
 
-from tasks.errors import SeqmillError
+from tasks.errors import SeqmillError, StoreError
 from tasks.machine import Machine
 from tasks.store import ArtifactStore, SharedStore
 from tasks.training.arrivals import Arrivals, first_needed
+from tasks.training.nodes.nodes import STORE, localized, portable
 from tasks.training.order import permutation
 from tasks.training.rows import Rows
 from tasks.training.run import count_rows
+from tests.store.shared_build import WordSpec, build_drawn
 from tests.training.small_inputs import InputSpec, build_blocks
 
 
@@ -77,6 +80,38 @@ def test_a_shard_that_no_store_has_is_told_of(stores: tuple[SharedStore, SharedS
     with Arrivals(stores[1], plan_of([missing], [2]), range(2)) as arrivals:
         arrivals.start(failures.put)
         assert "missing; give all nodes the same SEQMILL_STORE" in str(failures.get(timeout=20))
+
+
+@pytest.mark.parametrize("has_old", ["leading", "joining", "both", "none"])
+def test_what_was_built_twice_is_the_same_build_on_every_node(stores: tuple[SharedStore, SharedStore], has_old: str) -> None:
+    leading, joining = stores
+    old = build_drawn(SharedStore(leading.address, leading.root.parent.parent / "third"), Machine(), WordSpec(word="a"))
+    for store, name in ((leading, "leading"), (joining, "joining")):
+        if has_old in (name, "both"):
+            store.resolve(old.ref).file("a")
+    leading.set_aside(old.kind, old.key, "for this test")
+    new = build_drawn(SharedStore(leading.address, leading.root.parent.parent / "fourth"), Machine(), WordSpec(word="a"))
+    theirs = leading.resolve(new.ref)
+    plan = plan_of([str(theirs.file("b"))], [1], validation_files=[str(theirs.file("a"))], model={"folder": str(theirs.path)})
+    ours = localized(orjson.loads(orjson.dumps(portable(plan, {STORE: leading.root}))), {STORE: joining.root})
+    with Arrivals(joining, ours, range(2)) as arrivals:
+        arrivals.fetch(ours["train_files"][0])
+    data = new.file("a").read_bytes()
+    assert data != old.file("a").read_bytes()
+    for path in (*ours["train_files"], *ours["validation_files"], f"{ours['model']['folder']}/a"):
+        assert Path(path).is_relative_to(joining.root)
+        assert Path(path).read_bytes() == data
+
+
+def test_a_build_that_only_the_node_that_leads_has_is_told_of(stores: tuple[SharedStore, SharedStore]) -> None:
+    leading, joining = stores
+    old = build_drawn(leading, Machine(), WordSpec(word="a"))
+    told = portable({"files": [str(old.file("a"))]}, {STORE: leading.root})
+    joining.set_aside(old.kind, old.key, "for this test")
+    build_drawn(SharedStore(leading.address, leading.root.parent.parent / "third"), Machine(), WordSpec(word="a"))
+    files = localized(told, {STORE: joining.root})["files"]
+    with pytest.raises(StoreError, match="another build of it is there than the node that leads has"):
+        Arrivals(joining, plan_of([], [], validation_files=files), range(2))
 
 
 def test_files_of_a_folder_are_used_where_they_lie(tmp_path: Path) -> None:

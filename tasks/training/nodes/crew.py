@@ -25,7 +25,7 @@ log = logging.getLogger(__name__)
 HELLO_SECONDS, HELLO_BYTES = 10.0, 1 << 12
 ACCEPT_SECONDS = 1.0  # between two tries to take a connection, as where too many files are open
 # What both ends must agree on: raise it with every change of a message or of the plan.
-PROTOCOL = 4
+PROTOCOL = 5
 
 
 class Member:

@@ -11,6 +11,7 @@ from typing import Any
 
 from tasks.errors import SettingsError
 from tasks.machine import Nodes
+from tasks.store.cache import Cache
 
 NUMBERS = re.compile(r"(\d+)(?::(\d+))?")
 DEFAULT_PORT = 29400  # torchrun's for a rendezvous
@@ -58,7 +59,8 @@ def portable(plan: Any, roots: Mapping[str, Path]) -> Any:
             if path == str(root):
                 return f"{name}:"
             if path.startswith(f"{root}/"):
-                return f"{name}:{path[len(str(root)) + 1 :]}"
+                below = path[len(str(root)) + 1 :]
+                return f"{name}:{Cache(root).told(below) if name == STORE else below}"
         return path
 
     return _each_string(plan, told)
@@ -75,7 +77,7 @@ def localized(plan: Any, roots: Mapping[str, Path]) -> Any:
             raise SettingsError(f"{name}: the node that leads has set it, this one has not; give all nodes the same settings")
         if ".." in PurePosixPath(path).parts or path.startswith("/"):
             raise SettingsError(f"{text}: a path that leads out of the {name}; let only nodes of this training reach each other")
-        return str(roots[name] / path)
+        return str(roots[name] / (Cache(roots[name]).here(path) if name == STORE else path))
 
     return _each_string(plan, read)
 
