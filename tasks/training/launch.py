@@ -87,10 +87,12 @@ def run_worker(
             uploads.finish(settings.stop_seconds - (time.monotonic() - asked[0] if asked else 0.0))
     if party:
         party.let_go()
-        party.judge(label, listener.stopped_step, is_asked=bool(asked))
-        code = code or party.code
+        party.judge(label, listener.stopped_step, is_asked=bool(asked), is_told=listener.own_error() is not None)
+        code = party.code if party.has_killed and party.code else code or party.code
     if listener.stopped_step is not None:
         raise StoppedError(f"{label}: stopped after step {listener.stopped_step}, whose checkpoint is kept; run again to go on")
+    if code != 0 and asked and not listener.failure:  # a signal to the whole group ends ranks that do not listen yet
+        raise StoppedError(f"{label}: told to stop, {listener.death(code)} before a checkpoint; run again to go on")
     if code != 0:
         raise listener.error(code)
 
@@ -265,16 +267,22 @@ class _Listener:
     def error(self, code: int) -> SeqmillError:
         """What to raise for a launcher that ended with ``code``."""
         failure = self.failure
-        if failure and (known := _own_error(failure["type"])):
-            return known(failure["message"])
+        if own := self.own_error():
+            return own
         for line in self.tail:
             log.error("%s", line)
-        if failure:
-            what = f"rank {failure['rank']} failed with {failure['type']}: {failure['message']}"
-        else:
-            rank = f"rank {self.dead_rank}" if self.dead_rank else "the worker"
-            what = f"{rank} ended with exit code {self.dead_exit or code}{_killed(self.dead_exit or code)}"
+        what = f"rank {failure['rank']} failed with {failure['type']}: {failure['message']}" if failure else self.death(code)
         return WorkerError(f"{self.label}: {what}; its last lines are above, the checkpoints before it are kept")
+
+    def own_error(self) -> SeqmillError | None:
+        """The error of tasks.errors that a rank failed with."""
+        known = _own_error(self.failure["type"]) if self.failure else None
+        return known(self.failure["message"]) if known and self.failure else None
+
+    def death(self, code: int) -> str:
+        """Who ended without a word, and how."""
+        rank = f"rank {self.dead_rank}" if self.dead_rank else "the worker"
+        return f"{rank} ended with exit code {self.dead_exit or code}{_killed(self.dead_exit or code)}"
 
 
 def _own_error(name: str) -> type[SeqmillError] | None:

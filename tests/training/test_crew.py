@@ -1,7 +1,9 @@
 """The node that leads, with nodes that are sockets and ranks that are echoes: nothing here trains."""
 
 import json
+import os
 import platform
+import signal
 import socket
 import subprocess
 import sys
@@ -22,7 +24,9 @@ from tasks.training.agent import free_port
 from tasks.training.joining import Node, join
 from tasks.training.launch import ranks_lines, run_worker
 from tasks.training.lines import failure_line
+from tasks.training.nodes import party as party_module
 from tasks.training.nodes.crew import PROTOCOL, Crew, crew_of, leading
+from tasks.training.nodes.nodes import Launch
 from tasks.training.nodes.party import DamagedError, NodeLostError, Party
 from tasks.training.nodes.release import release
 from tasks.training.nodes.secret import introduce
@@ -133,6 +137,36 @@ def test_a_node_that_is_gone_before_it_is_ready_is_lost_and_who_is_to_stop_does_
     )
     with pytest.raises(StoppedError if is_asked else NodeLostError, match=said):
         party.judge("pretrained", None, is_asked=is_asked)
+
+
+@pytest.mark.parametrize("is_asked", [False, True])
+def test_a_node_told_to_end_whose_ranks_end_before_a_checkpoint_is_lost_and_no_fault_of_the_run(
+    crew: Crew, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, is_asked: bool
+) -> None:
+    monkeypatch.setattr(party_module, "ENDING_SECONDS", 0.5)
+    other = reach(crew)
+    party, stop_path = party_of(crew, tmp_path)
+    other.send({"say": "going"})
+    other.send({"say": "ended", "party": party.number, "code": 1})  # its ranks heard the signal, and not yet as a request
+    assert heard(party, WAIT, stop_path)[1] == -signal.SIGKILL
+    said = r"^pretrained: node other \(127\.0\.0\.1\) leaves, whose ranks ended before a checkpoint"
+    with pytest.raises(StoppedError if is_asked else NodeLostError, match=said):
+        party.judge("pretrained", None, is_asked=is_asked)
+    party.judge("pretrained", None, is_asked=False, is_told=True)  # the ranks said what is wrong
+
+
+def test_a_launcher_that_was_ended_since_another_nodes_ranks_failed_is_told_of_by_their_exit_code(
+    crew: Crew, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "waiting.py").write_text(WAIT)
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path), *sys.path]))
+    monkeypatch.setattr(Launch, "command", lambda self, module, plan: ["waiting"])
+    other = reach(crew)
+    party, plan = party_and_plan(crew, tmp_path)
+    other.send({"say": "ready", "party": party.number})
+    other.send({"say": "ended", "party": party.number, "code": 3})
+    with pytest.raises(WorkerError, match=r"ended with exit code 3; "):
+        run_worker("waiting", plan, num_ranks=4, settings=TrainingSettings(), stop_path=tmp_path / "stop", party=party)
 
 
 def test_who_is_told_to_end_while_a_node_prepares_waits_no_longer(crew: Crew, tmp_path: Path) -> None:

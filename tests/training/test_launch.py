@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from tasks.errors import RecipeError, WorkerError
+from tasks.errors import RecipeError, StoppedError, WorkerError
 from tasks.machine import TrainingSettings
 from tasks.training.launch import launcher_command, run_worker
 from tasks.training.lines import level_of
@@ -104,6 +104,15 @@ def test_ranks_that_are_deaf_to_a_stop_are_taken_down_when_their_time_is_over(tm
     with pytest.raises(WorkerError, match=r"^pretrained: told to stop, still running 0 s later; run again to go on"):
         launch("be deaf", stop_seconds=0, on_metrics=tell, stop_path=tmp_path / "stop")
     assert not is_alive(pids[0])
+
+
+def test_ranks_that_end_by_the_signal_that_asks_before_they_listen_are_a_stop_and_no_fault(tmp_path: Path, launch: Any) -> None:
+    def tell(metrics: dict[str, Any]) -> None:  # as Slurm does: to every process of the run
+        os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(metrics["pid"], signal.SIGTERM)
+
+    with pytest.raises(StoppedError, match=r"^pretrained: told to stop, the worker ended with exit code -15 before a checkpoint"):
+        launch("wait", on_metrics=tell, stop_path=tmp_path / "stop")
 
 
 def test_ranks_die_with_a_launcher_killed_by_kill_9(tmp_path: Path, launch: Any) -> None:

@@ -69,6 +69,7 @@ class Party:
         self.number = crew.number
         self.ask = 0  # how often the members were asked for a checkpoint
         self.is_here = True  # this node's launcher has not ended
+        self.has_killed = False  # it was ended since another's ranks were
         self.running: set[Member] = set()
         self.lost: list[Member] = []
         self.going: list[Member] = []
@@ -168,10 +169,15 @@ class Party:
             elif self._note(member, message):
                 # At once: its ranks wait for peers that are gone, and die with it. Not where rank 0 may be sealing a checkpoint.
                 if self.lost or (self.code and not self.going):
-                    process.kill()
+                    self._kill(process)
                 if not self.is_here and self._has_failed(process):
                     return  # ``end`` sees to the members
         if self.is_here:
+            self._kill(process)
+
+    def _kill(self, process: "subprocess.Popen[bytes]") -> None:
+        if process.poll() is None:
+            self.has_killed = True
             process.kill()
 
     def end(self) -> None:
@@ -191,9 +197,9 @@ class Party:
         for member in self.going:
             member.wire.send({"say": "leave"})
 
-    def judge(self, label: str, stopped_step: int | None, *, is_asked: bool) -> None:
+    def judge(self, label: str, stopped_step: int | None, *, is_asked: bool, is_told: bool = False) -> None:
         """Raise NodeLostError where others can go on in place of those that are gone; StoppedError where this node is to stop
-        too (is_asked), and the ranks came to no checkpoint.
+        too (is_asked), and the ranks came to no checkpoint. is_told: a rank has said what is wrong with the run.
         """
         if is_asked and stopped_step is not None:
             return
@@ -205,6 +211,9 @@ class Party:
             error = NodeLostError(f"{label}: node {', '.join(map(str, self.lost))} is gone")
         elif self.going and stopped_step is not None:
             error = NodeLostError(f"{label}: node {', '.join(map(str, self.going))} leaves after step {stopped_step}")
+        elif self.going and self.code and not is_told:
+            names = ", ".join(map(str, self.going))
+            error = NodeLostError(f"{label}: node {names} leaves, whose ranks ended before a checkpoint")
         if error and is_asked:
             raise StoppedError(f"{error}, and this node was told to end; run again to go on from the newest whole checkpoint")
         if error:
