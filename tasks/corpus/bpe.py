@@ -4,10 +4,13 @@ Reads   documents-shard  documents.parquet    DOCUMENTS: text, of the train spli
 Writes  tokenizer        tokenizer.json, tokenizer_config.json, chat_template.jinja
 """
 
+import contextvars
 import hashlib
 import json
 import logging
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future
 
 from pydantic import Field
 
@@ -82,7 +85,8 @@ def train(work: Work, spec: TokenizerTrainingSpec, documents: Artifact) -> None:
     # Its trainer tells of no progress once it has read the text.
     log.info("tokenizer: learns %d tokens from %.1f MB of text; some %.0f s on one core", spec.vocab_size, text, 2 * text + 1)
     with work.machine.progress("tokenizer", min(total, spec.max_bytes), "B") as advance:
-        tokenizer.train_from_iterator(_sample(work, documents, spec.max_bytes / max(total, 1), advance), trainer)
+        texts = _sample(work, documents, spec.max_bytes / max(total, 1), advance)
+        interruptible(lambda: tokenizer.train_from_iterator(texts, trainer))
     if tokenizer.get_vocab_size() < spec.vocab_size:
         found = tokenizer.get_vocab_size()
         log.warning("%s: only %d of %d tokens could be learned from %d bytes", documents.short, found, spec.vocab_size, total)
@@ -90,6 +94,21 @@ def train(work: Work, spec: TokenizerTrainingSpec, documents: Artifact) -> None:
     (work.folder / "tokenizer.json").write_text(tokenizer.to_str(pretty=True), encoding="utf-8")
     (work.folder / "tokenizer_config.json").write_text(json.dumps(CONFIG, indent=2) + "\n")
     (work.folder / "chat_template.jinja").write_text(CHAT_TEMPLATE)
+
+
+def interruptible(call: Callable[[], None]) -> None:
+    """Make a call in a thread of its own: native code lets no signal through, as SIGTERM, to the main thread while it runs."""
+    ended: Future[None] = Future()
+
+    def run() -> None:
+        try:
+            call()
+            ended.set_result(None)
+        except BaseException as error:
+            ended.set_exception(error)
+
+    threading.Thread(target=contextvars.copy_context().run, args=(run,), name="learning", daemon=True).start()
+    ended.result()
 
 
 def _sample(work: Work, documents: Artifact, share: float, advance: Advance) -> Iterator[list[str]]:

@@ -1,8 +1,12 @@
+import hashlib
 import http.server
 import json
+import os
+import signal
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,7 +17,7 @@ import pytest
 from pydantic import ValidationError
 from tokenizers import Tokenizer
 
-from tasks.corpus.bpe import SPECIAL_TOKENS
+from tasks.corpus.bpe import SPECIAL_TOKENS, interruptible
 from tasks.corpus.tokenizer import TokenizerSpec, TokenizerTrainingSpec, build_tokenizer, read_vocabulary
 from tasks.errors import CorpusError, SourceError
 from tasks.machine import Machine
@@ -91,6 +95,33 @@ def counting(told: list[int]) -> Machine:
         yield told.append
 
     return Machine(progress=count)
+
+
+def test_a_signal_is_heard_while_a_tokenizer_is_learned() -> None:
+    def stop(*_: Any) -> None:
+        raise InterruptedError("told to end")
+
+    before = signal.signal(signal.SIGTERM, stop)
+    threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGTERM)).start()
+    started = time.monotonic()
+    try:
+        with pytest.raises(InterruptedError, match="told to end"):
+            interruptible(lambda: native(1_500_000))
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    heard = time.monotonic() - started
+    native(1_500_000)
+    assert heard < (time.monotonic() - started - heard) / 2
+
+
+def native(rounds: int) -> None:
+    """A second or more in which the main thread would hear nothing."""
+    hashlib.pbkdf2_hmac("sha256", b"", b"", rounds)
+
+
+def test_what_fails_in_learning_fails_here() -> None:
+    with pytest.raises(ZeroDivisionError):
+        interruptible(lambda: print(1 / 0))
 
 
 def test_only_the_train_split_is_trained_on(documents_of: Callable[..., Artifact], store: ArtifactStore) -> None:
