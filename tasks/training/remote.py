@@ -228,6 +228,9 @@ class RemoteCheckpoints:
         spelled = orjson.dumps(kept.manifest)
         if manifest.is_file() and manifest.read_bytes() != spelled:
             manifest.unlink()  # of another try at this step
+        for name, entry in kept.files.items():  # as is what it left of files that are not fetched: all that is here is read
+            if name not in names and (folder / name).is_file() and file_problem(folder / name, dict(entry)):
+                (folder / name).unlink()
 
         def bring(name: str) -> str | None:
             entry = kept.files[name]

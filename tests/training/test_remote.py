@@ -311,6 +311,18 @@ def test_what_a_disk_has_of_a_checkpoint_is_not_fetched_again(
     assert not [record for record in caplog.records if record.levelno == logging.WARNING]
 
 
+def test_what_a_disk_has_of_another_try_at_the_step_is_not_read_with_what_is_fetched(
+    remote: RemoteCheckpoints, tmp_path: Path
+) -> None:
+    kept(remote, saved(tmp_path / "there", 4))
+    (saved(tmp_path / "here", 4, salt="of another try") / "progress.json").unlink()  # as a node has it of which others had parts
+    found = find(tmp_path / "here", remote, range(1))
+    assert found
+    held = {name: (found / name).read_bytes() for name in PARTS if (found / name).exists()}
+    assert held == {name: (tmp_path / "there" / "checkpoint-4" / name).read_bytes() for name in held}
+    assert held.keys() == {"rank-0.safetensors", "progress.json"}
+
+
 @pytest.mark.parametrize(
     ("data", "reason"),
     [
