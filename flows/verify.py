@@ -61,7 +61,7 @@ class Index:
         refs = store.refs()
         folders = [store.root / kind / key for kind, key in refs]
         self.store = store
-        self.artifacts = dict(zip(folders, store.load_all(refs), strict=True))
+        self.artifacts = dict(zip(folders, store.load_all(refs, is_anew=True), strict=True))
         self.by_content = {artifact.content: artifact for artifact in self.artifacts.values() if artifact}
 
     def inputs(self, artifact: Artifact) -> dict[str, Artifact | None]:

@@ -168,8 +168,8 @@ class SharedStore(ArtifactStore):
     def find_all(self, kind: str, keys: Sequence[Digest]) -> list[Artifact | None]:
         return self.at_once(lambda key: self.find(kind, key), keys)
 
-    def load_all(self, refs: Sequence[tuple[str, Digest]]) -> list[Artifact | None]:
-        return self.at_once(lambda ref: self.load(*ref), refs)
+    def load_all(self, refs: Sequence[tuple[str, Digest]], *, is_anew: bool = False) -> list[Artifact | None]:
+        return self.at_once(lambda ref: self.ask(*ref) if is_anew else self.load(*ref), refs)
 
     def kinds(self) -> list[str]:
         """The kinds that the bucket lists or the cache knows."""
@@ -354,17 +354,15 @@ class SharedStore(ArtifactStore):
         return None
 
     def _lost_shards(self, entries: Sequence[ShardEntry]) -> list[ShardEntry]:
-        """The shards to be listed that the bucket has not, once those that the cache has whole are uploaded; forgets them."""
+        """The shards to be listed that the bucket has not, or has otherwise, once those that the cache has whole are uploaded."""
 
         def restore(entry: ShardEntry) -> ShardEntry | None:
-            if self.bucket.num_bytes(manifest_name(entry.kind, entry.key)) is not None:
-                return None
-            return None if self.restore(entry.kind, entry.key) else entry
+            found = self.ask(entry.kind, entry.key) or self.restore(entry.kind, entry.key)
+            if found is None:
+                shutil.rmtree(self.root / entry.kind / entry.key, ignore_errors=True)
+            return None if found and found.content == entry.content else entry
 
-        lost = [entry for entry in self.at_once(restore, entries) if entry]
-        for entry in lost:
-            shutil.rmtree(self.root / entry.kind / entry.key, ignore_errors=True)
-        return lost
+        return [entry for entry in self.at_once(restore, entries) if entry]
 
     @property
     def publisher(self) -> Publisher:

@@ -71,8 +71,8 @@ class ArtifactStore:
         """What ``find`` says of every key; a shared store asks for many at once."""
         return [self.find(kind, key) for key in keys]
 
-    def load_all(self, refs: Sequence[tuple[str, Digest]]) -> list[Artifact | None]:
-        """What ``load`` says of every (kind, key); a shared store asks for many at once."""
+    def load_all(self, refs: Sequence[tuple[str, Digest]], *, is_anew: bool = False) -> list[Artifact | None]:
+        """What ``load`` says of every (kind, key); a shared store asks for many at once; is_anew: of all, whatever it knows."""
         return [self.load(kind, key) for kind, key in refs]
 
     def learn(self) -> None:

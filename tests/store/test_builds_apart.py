@@ -11,6 +11,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from flows.verify import verify
+from tasks.corpus.shards import load_shards
 from tasks.errors import StoreError
 from tasks.machine import Machine
 from tasks.store import Artifact, Built, SharedStore, Work, digest_bytes, shard_entry, stage
@@ -165,6 +167,43 @@ def test_a_list_of_shards_that_were_built_anew_is_not_lost_where_the_old_ones_ar
     (entry,) = now.shards()
     assert now.shard_file(entry, "a").read_bytes() == new.shard_file(entry, "a").read_bytes()
     assert machine("fourth").find(new.kind, new.key)
+
+
+def with_an_old_shard(machine: Machines) -> tuple[Artifact, Artifact]:
+    """A list of shards that was built anew elsewhere, on a machine that has the old shard; the old list and the new."""
+    spec = WordSpec(word="a")
+    old = build_drawings(machine("here"), Machine(), spec)
+    (entry,) = machine("there").resolve(old.ref).shards()
+    assert machine("there").resolve(old.ref).shard_file(entry, "a").read_bytes()
+    for kind, key in ((old.kind, old.key), (entry.kind, entry.key)):
+        machine("third").set_aside(kind, key, "for this test")
+    return old, build_drawings(machine("third"), Machine(), spec)
+
+
+def test_no_list_names_a_shard_that_only_this_machine_has(machine: Machines) -> None:
+    shard = build_drawing(machine("there"), Machine(), WordSpec(word="a"))
+    machine("third").set_aside(shard.kind, shard.key, "for this test")
+    new = build_drawings(machine("third"), Machine(), WordSpec(word="a"))
+    machine("third").set_aside(new.kind, new.key, "for this test")
+    with pytest.raises(StoreError, match="run again"):
+        build_drawings(machine("there"), Machine(), WordSpec(word="a"))
+    again = build_drawings(machine("there"), Machine(), WordSpec(word="a"))
+    (entry,) = again.shards()
+    assert entry.content == next(new.shards()).content
+    assert machine("fourth").resolve(again.ref).shard_file(entry, "a").read_bytes() == again.shard_file(entry, "a").read_bytes()
+
+
+def test_what_was_built_anew_is_verified_as_it_is_now(machine: Machines) -> None:
+    with_an_old_shard(machine)
+    assert verify(machine("there"), [], Machine()).problems == ()
+
+
+def test_the_shards_of_a_list_are_those_that_it_names(machine: Machines) -> None:
+    _, new = with_an_old_shard(machine)
+    entries = list(machine("there").resolve(new.ref).shards())
+    (shard,) = load_shards(machine("there"), entries)
+    assert shard.content == entries[0].content
+    assert digest_bytes(shard.file("a").read_bytes()) == shard.entry("a").digest
 
 
 CACHES = ("here", "there", "third")
