@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from tasks.errors import SeqmillError, SettingsError, StoreError, WorkerError
-from tasks.store import ArtifactStore
+from tasks.store import ArtifactStore, SharedStore
 from tasks.training.arrivals import Arrivals
 from tasks.training.nodes.nodes import CHECKPOINTS, localized
 from tasks.training.nodes.wire import Message
@@ -84,15 +84,16 @@ class Preparing:
     def _bring(self) -> tuple[dict[str, Any], Arrivals]:
         """The plan with this node's paths, and what brings its rows here where the store is not a folder of this node."""
         told = {"plan": self.message["plan"], "seen": self.message.get("seen")}
+        cache = self.store.cache if isinstance(self.store, SharedStore) else None
         if kept := self.message.get("kept"):
             assert self.folder
             self.share = Share(self.store, self.folder, kept)
             if self.is_dropped:
                 raise EndedError("dropped")
-            plan = localized(told, {**self.roots, CHECKPOINTS: self.share.root})["plan"]
+            plan = localized(told, {**self.roots, CHECKPOINTS: self.share.root}, cache)["plan"]
             self.share.fetch(plan, self.ranks)
         else:
-            read = localized(told, self.roots)
+            read = localized(told, self.roots, cache)
             plan = read["plan"]
             if not is_seen(sign := Path(read["seen"])):
                 raise SettingsError(

@@ -65,7 +65,8 @@ def _party(crew: Crew, work: Work, kind: str, slots: int, global_batch_size: int
     # Of a bucket, each node has a folder of its own for them.
     checkpoints = checkpoint_root(work) if remote else work.machine.training.checkpoints
     roots = {**({CHECKPOINTS: checkpoints} if checkpoints else {}), STORE: work.store.root}
-    return Party(crew, crew.muster(kind, slots, global_batch_size), roots, work.machine.training.launcher, remote)
+    cache = work.store.cache if isinstance(work.store, SharedStore) else None
+    return Party(crew, crew.muster(kind, slots, global_batch_size), roots, work.machine.training.launcher, remote, cache=cache)
 
 
 def checkpoint_root(work: Work) -> Path:

@@ -93,7 +93,8 @@ def test_what_was_built_twice_is_the_same_build_on_every_node(stores: tuple[Shar
     new = build_drawn(SharedStore(leading.address, leading.root.parent.parent / "fourth"), Machine(), WordSpec(word="a"))
     theirs = leading.resolve(new.ref)
     plan = plan_of([str(theirs.file("b"))], [1], validation_files=[str(theirs.file("a"))], model={"folder": str(theirs.path)})
-    ours = localized(orjson.loads(orjson.dumps(portable(plan, {STORE: leading.root}))), {STORE: joining.root})
+    told = orjson.loads(orjson.dumps(portable(plan, {STORE: leading.root}, leading.cache)))
+    ours = localized(told, {STORE: joining.root}, joining.cache)
     with Arrivals(joining, ours, range(2)) as arrivals:
         arrivals.fetch(ours["train_files"][0])
     data = new.file("a").read_bytes()
@@ -106,10 +107,10 @@ def test_what_was_built_twice_is_the_same_build_on_every_node(stores: tuple[Shar
 def test_a_build_that_only_the_node_that_leads_has_is_told_of(stores: tuple[SharedStore, SharedStore]) -> None:
     leading, joining = stores
     old = build_drawn(leading, Machine(), WordSpec(word="a"))
-    told = portable({"files": [str(old.file("a"))]}, {STORE: leading.root})
+    told = portable({"files": [str(old.file("a"))]}, {STORE: leading.root}, leading.cache)
     joining.set_aside(old.kind, old.key, "for this test")
     build_drawn(SharedStore(leading.address, leading.root.parent.parent / "third"), Machine(), WordSpec(word="a"))
-    files = localized(told, {STORE: joining.root})["files"]
+    files = localized(told, {STORE: joining.root}, joining.cache)["files"]
     with pytest.raises(StoreError, match="another build of it is there than the node that leads has"):
         Arrivals(joining, plan_of([], [], validation_files=files), range(2))
 

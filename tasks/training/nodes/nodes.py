@@ -51,8 +51,11 @@ def share_out(slots: Sequence[int], global_batch_size: int) -> list[int]:
     return best
 
 
-def portable(plan: Any, roots: Mapping[str, Path]) -> Any:
-    """A plan whose paths below one of ``roots`` are told by the root's name: "store:blocks-shard/..."."""
+def portable(plan: Any, roots: Mapping[str, Path], cache: Cache | None = None) -> Any:
+    """A plan whose paths below one of ``roots`` are told by the root's name: "store:blocks-shard/...".
+
+    cache: the store's, where that is no folder which all nodes see.
+    """
 
     def told(path: str) -> str:
         for name, root in roots.items():
@@ -60,14 +63,14 @@ def portable(plan: Any, roots: Mapping[str, Path]) -> Any:
                 return f"{name}:"
             if path.startswith(f"{root}/"):
                 below = path[len(str(root)) + 1 :]
-                return f"{name}:{Cache(root).told(below) if name == STORE else below}"
+                return f"{name}:{cache.told(below) if cache and name == STORE else below}"
         return path
 
     return _each_string(plan, told)
 
 
-def localized(plan: Any, roots: Mapping[str, Path]) -> Any:
-    """The same plan on another node, with that one's ``roots``. Raises SettingsError for a path that leads out of them."""
+def localized(plan: Any, roots: Mapping[str, Path], cache: Cache | None = None) -> Any:
+    """The same plan on another node, with its ``roots`` and cache. Raises SettingsError for a path that leads out of them."""
 
     def read(text: str) -> str:
         name, colon, path = text.partition(":")
@@ -77,7 +80,7 @@ def localized(plan: Any, roots: Mapping[str, Path]) -> Any:
             raise SettingsError(f"{name}: the node that leads has set it, this one has not; give all nodes the same settings")
         if ".." in PurePosixPath(path).parts or path.startswith("/"):
             raise SettingsError(f"{text}: a path that leads out of the {name}; let only nodes of this training reach each other")
-        return str(roots[name] / (Cache(roots[name]).here(path) if name == STORE else path))
+        return str(roots[name] / (cache.here(path) if cache and name == STORE else path))
 
     return _each_string(plan, read)
 

@@ -18,6 +18,7 @@ from typing import Any
 import orjson
 
 from tasks.errors import StoppedError, WorkerError
+from tasks.store.cache import Cache
 from tasks.training.agent import free_port
 from tasks.training.checkpoints import read_manifest
 from tasks.training.nodes.crew import Crew, Member
@@ -52,7 +53,7 @@ class DamagedError(NodeLostError):
 class Party:
     """The nodes of one try and their ranks: ``shares``, this node's (None) first, which has rank 0.
 
-    remote: where checkpoints go, where no folder is seen by all nodes.
+    remote: where checkpoints go, where no folder is seen by all nodes. cache: of a store that is a bucket.
     """
 
     def __init__(
@@ -62,8 +63,10 @@ class Party:
         roots: Mapping[str, Path],
         launcher: str,
         remote: RemoteCheckpoints | None = None,
+        *,
+        cache: Cache | None = None,
     ) -> None:
-        self.crew, self.roots, self.launcher, self.remote = crew, roots, launcher, remote
+        self.crew, self.roots, self.launcher, self.remote, self.cache = crew, roots, launcher, remote, cache
         self.ranks = list(shares.values())
         self.members = [member for member in shares if member]
         self.number = crew.number
@@ -82,7 +85,7 @@ class Party:
         hear: is told of every line of theirs. As long as one takes no rank is started, none of which would wait so long.
         """
         plan = orjson.loads(plan_path.read_bytes())
-        told = portable({"plan": plan, **self._places(plan)}, self.roots)
+        told = portable({"plan": plan, **self._places(plan)}, self.roots, self.cache)
         for node, member in enumerate(self.members, 1):
             self.running.add(member)
             member.wire.send({"say": "run", "party": self.number, "node": node, "ranks": self.ranks, **told})
