@@ -155,6 +155,17 @@ def test_a_node_told_to_end_whose_ranks_end_before_a_checkpoint_is_lost_and_no_f
     party.judge("pretrained", None, is_asked=False, is_told=True)  # the ranks said what is wrong
 
 
+def test_a_node_told_to_end_while_the_ranks_are_being_ended_is_let_go(crew: Crew, tmp_path: Path) -> None:
+    other = reach(crew)
+    party, _ = party_of(crew, tmp_path)
+    other.send({"say": "going"})
+    other.send({"say": "ended", "party": party.number, "code": -9})
+    party.end()  # as after the loss of a third
+    party.let_go()
+    said = [(other.receive(2) or {"say": None})["say"] for _ in range(4)]
+    assert said == ["run", "go", "stop", "leave"]
+
+
 def test_a_launcher_that_was_ended_since_another_nodes_ranks_failed_is_told_of_by_their_exit_code(
     crew: Crew, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

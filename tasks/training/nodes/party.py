@@ -190,6 +190,8 @@ class Party:
         for member, message in self._events():
             if message["say"] in ("ended", "gone"):
                 self._note_end(member, message)
+            elif message["say"] == "going" and member:
+                self.going.append(member)
         for member in tuple(self.running):
             log.warning("node %s does not answer; it is dropped", member)
             member.wire.close()
