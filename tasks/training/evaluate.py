@@ -192,7 +192,8 @@ def frame_by(loaded: LanguageModel, end_marker: int | None, template: str | None
 def as_written(loaded: LanguageModel, response: str, answer: str) -> str:
     """The answer; or the response, where it is the response as the tokenizer writes it, such as in another Unicode form."""
     ids = loaded.tokenizer.encode(response.strip(), add_special_tokens=False)
-    return response.strip() if answer == loaded.decode(ids).strip() else answer
+    has_words = loaded.tokenizer.unk_token_id not in ids  # else what is left of it would do for it
+    return response.strip() if has_words and answer == loaded.decode(ids).strip() else answer
 
 
 def _has_room(loaded: LanguageModel, row: dict[str, Any], num_tokens: int) -> bool:

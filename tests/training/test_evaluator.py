@@ -10,7 +10,7 @@ import orjson
 import pyarrow as pa
 import pytest
 import torch
-from tokenizers import normalizers
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from tasks.errors import CorpusError
@@ -214,6 +214,15 @@ def test_an_answer_that_the_tokenizer_writes_otherwise_is_right_as_it_writes_it(
     ]
     said = iter(["AB", "A", "AB"])
     assert [as_written(loaded, row["response"], next(said)) for row in rows] == ["ＡＢ", "A", "AB"]
+
+
+def test_an_answer_is_not_right_for_what_the_tokenizer_has_no_word_for(inputs: dict[str, Artifact]) -> None:
+    """Else every answer without it would be, an empty one too."""
+    words = Tokenizer(models.WordLevel({"<unk>": 0, "a": 1}, unk_token="<unk>"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, unk_token="<unk>")
+    loaded = replace(load_language_model(inputs["model"].path), tokenizer=tokenizer)
+    assert [as_written(loaded, "a z", "a"), as_written(loaded, "z", ""), as_written(loaded, "a", "a")] == ["a", "", "a"]
 
 
 def test_long_answers_make_smaller_batches_of_losses(inputs: dict[str, Artifact], monkeypatch: pytest.MonkeyPatch) -> None:
