@@ -107,7 +107,7 @@ def _files(store: ArtifactStore, artifact: Artifact) -> Iterator[Found]:
         split = next((split for split in SPLITS if file.name.startswith(split)), "")
         yield split, f"{artifact.ref}/{file.name}", file
     entries = list(artifact.shards())
-    for entry, shard in zip(entries, store.load_all([(entry.kind, entry.key) for entry in entries]), strict=True):
+    for entry, shard in zip(entries, store.listed(entries), strict=True):
         for file in shard.manifest.files if shard else ():
             yield entry.split, f"{entry.kind}/{entry.key}/{file.name}", file
 

@@ -34,7 +34,7 @@ def _subjects(store: ArtifactStore, artifact: Artifact) -> Iterator[dict[str, An
     for file in artifact.manifest.files:
         yield {"name": file.name, "digest": {"sha256": file.digest}}
     entries = list(artifact.shards())
-    for entry, shard in zip(entries, store.load_all([(entry.kind, entry.key) for entry in entries]), strict=True):
+    for entry, shard in zip(entries, store.listed(entries), strict=True):
         if shard is None:  # the shard's own digest is that of its list of files
             yield {"name": entry.name, "digest": {"seqmillContent": entry.content}}
             continue

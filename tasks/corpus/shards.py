@@ -29,19 +29,13 @@ def load_shard(store: ArtifactStore, entry: ShardEntry) -> Artifact:
 
 def load_shards(store: ArtifactStore, entries: Sequence[ShardEntry]) -> list[Artifact]:
     """The artifacts of listed shards. Raises StoreError where the store lost one."""
-    refs = [(entry.kind, entry.key) for entry in entries]
-    artifacts = store.load_all(refs)
-    # Built anew elsewhere, perhaps, since this machine heard of it.
-    others = [i for i, artifact in enumerate(artifacts) if artifact and artifact.content != entries[i].content]
-    for i, artifact in zip(others, store.load_all([refs[i] for i in others], is_anew=True), strict=True):
-        artifacts[i] = artifact
+    artifacts = store.listed(entries)
     for i, entry in enumerate(entries):
         found = artifacts[i] = artifacts[i] or store.rescue(entry.kind, entry.key)
         if found is None or found.content != entry.content:
             store.lose_shard(entry.kind, entry.key)
-            what = "another" if found else "missing"
             raise StoreError(
-                f"{store.address}: shard {entry.name} ({entry.kind}/{entry.key[:12]}) is {what}; run again to rebuild it"
+                f"{store.address}: shard {entry.name} ({entry.kind}/{entry.key[:12]}) is missing; run again to rebuild it"
             )
     return [artifact for artifact in artifacts if artifact]
 

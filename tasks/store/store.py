@@ -75,6 +75,16 @@ class ArtifactStore:
         """What ``load`` says of every (kind, key); a shared store asks for many at once; is_anew: of all, whatever it knows."""
         return [self.load(kind, key) for kind, key in refs]
 
+    def listed(self, entries: Sequence[ShardEntry]) -> list[Artifact | None]:
+        """The shards of a list, each as it is listed; None where the store has none of that content."""
+        refs = [(entry.kind, entry.key) for entry in entries]
+        found = self.load_all(refs)
+        # Built anew elsewhere, perhaps, since this machine heard of it.
+        others = [i for i, shard in enumerate(found) if shard and shard.content != entries[i].content]
+        for i, shard in zip(others, self.load_all([refs[i] for i in others], is_anew=True), strict=True):
+            found[i] = shard if shard and shard.content == entries[i].content else None
+        return found
+
     def learn(self) -> None:
         """Bring below ``root`` the manifests of all that is no shard; here they are."""
 

@@ -11,6 +11,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from flows.provenance import provenance
 from flows.verify import verify
 from tasks.corpus.shards import load_shards
 from tasks.errors import StoreError
@@ -204,6 +205,15 @@ def test_the_shards_of_a_list_are_those_that_it_names(machine: Machines) -> None
     (shard,) = load_shards(machine("there"), entries)
     assert shard.content == entries[0].content
     assert digest_bytes(shard.file("a").read_bytes()) == shard.entry("a").digest
+
+
+def test_what_is_told_of_a_list_is_told_of_the_shards_that_it_names(machine: Machines) -> None:
+    _, new = with_an_old_shard(machine)
+    (entry,) = new.shards()
+    assert provenance(machine("there"), new)["subject"] == provenance(machine("third"), new)["subject"]
+    machine("third").set_aside(entry.kind, entry.key, "for this test")
+    build_drawing(machine("fifth"), Machine(), WordSpec(word="a"))
+    assert machine("fourth").listed([entry, entry]) == [None, None]
 
 
 CACHES = ("here", "there", "third")
