@@ -71,13 +71,7 @@ def run_worker(
             process = _started(module, plan_path, num_ranks, settings, party)
             try:
                 _hear_out(process, listener, is_overdue, stop_path, party)
-                if is_overdue() and process.poll() is None:
-                    process.kill()  # it was asked; the ranks die with it: see tasks.machine.die_with_parent
-                    raise WorkerError(
-                        f"{label}: told to stop, still running {settings.stop_seconds:g} s later; "
-                        "run again to go on from the last checkpoint"
-                    )
-                code = process.wait()
+                code = _code_of(process, label, settings, is_overdue)
             finally:
                 stop(process)
         finally:
@@ -119,6 +113,16 @@ def _started(
         command = agent_command(launcher_command(module, plan_path, num_ranks, settings), settings)
     log.debug("starting %s", " ".join(command))
     return subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+
+
+def _code_of(process: "subprocess.Popen[bytes]", label: str, settings: TrainingSettings, is_overdue: Callable[[], bool]) -> int:
+    """How a launcher ended that was heard out. Raises WorkerError for one that was told to stop, and has not in its time."""
+    if is_overdue() and process.poll() is None:
+        process.kill()  # it was asked; the ranks die with it: see tasks.machine.die_with_parent
+        raise WorkerError(
+            f"{label}: told to stop, still running {settings.stop_seconds:g} s later; run again to go on from the last checkpoint"
+        )
+    return process.wait()
 
 
 def _hear_out(
