@@ -20,6 +20,13 @@ QUICK = Patience(connect_seconds=5, read_seconds=30, num_retries=2, retry_second
 BUILDS: list[str] = []
 
 
+def folder_or_bucket(kind: str, root: Path) -> ArtifactStore:
+    """A store in the folder ``store``: a plain one, or where ``kind`` is "bucket" one that is used as a bucket."""
+    if kind == "folder":
+        return ArtifactStore(root / "store")
+    return SharedStore(f"file://{root / 'store'}", root / "cache", claim_seconds=0.2, patience=QUICK)
+
+
 class WordSpec(Spec):
     word: str = Field(description="what the file holds")
     num_bytes: int = Field(0, description="bytes of the second file")

@@ -157,13 +157,7 @@ def build_drawings(work: Work, spec: WordSpec) -> Built:
 
 
 def test_a_list_of_shards_that_were_built_anew_is_not_lost_where_the_old_ones_are_known(machine: Machines) -> None:
-    spec = WordSpec(word="a")
-    old = build_drawings(machine("here"), Machine(), spec)
-    (entry,) = machine("there").resolve(old.ref).shards()
-    assert machine("there").resolve(old.ref).shard_file(entry, "a").read_bytes()
-    for kind, key in ((old.kind, old.key), (entry.kind, entry.key)):
-        machine("third").set_aside(kind, key, "for this test")
-    new = build_drawings(machine("third"), Machine(), spec)
+    old, new = with_an_old_shard(machine)
     now = machine("there").resolve(old.ref)
     (entry,) = now.shards()
     assert now.shard_file(entry, "a").read_bytes() == new.shard_file(entry, "a").read_bytes()

@@ -13,16 +13,14 @@ from tasks.store.collect import collect_store
 from tasks.store.gc import Collected
 from tasks.store.lease import end_lease
 from tasks.store.pins import pin, recorded_run
-from tests.store.shared_build import QUICK, spell
+from tests.store.shared_build import QUICK, folder_or_bucket, spell
 
 DAY = 86_400.0
 
 
 @pytest.fixture(params=["folder", "bucket"])
 def store(request: pytest.FixtureRequest, tmp_path: Path) -> ArtifactStore:
-    if request.param == "folder":
-        return ArtifactStore(tmp_path / "store")
-    return SharedStore(f"file://{tmp_path / 'store'}", tmp_path / "cache", claim_seconds=0.2, patience=QUICK)
+    return folder_or_bucket(request.param, tmp_path)
 
 
 def at(store: ArtifactStore) -> Path:

@@ -10,13 +10,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tasks.store import ArtifactStore, SharedStore
+from tasks.store import ArtifactStore
 from tasks.store.collect import collect_store
 from tasks.store.gc import Collected
 from tasks.store.lease import end_lease
 from tasks.store.notes import FolderNotes, Note, Notes
 from tasks.store.pins import KEPT_LAST, RECORD_SECONDS, last_refs, pin, recorded_run, runs, spent, unfinished_since
-from tests.store.shared_build import QUICK, spell
+from tests.store.shared_build import folder_or_bucket, spell
 
 DAY = 86_400.0
 NOW = 1.8e9
@@ -24,9 +24,7 @@ NOW = 1.8e9
 
 @pytest.fixture(params=["folder", "bucket"])
 def store(request: pytest.FixtureRequest, tmp_path: Path) -> ArtifactStore:
-    if request.param == "folder":
-        return ArtifactStore(tmp_path / "store")
-    return SharedStore(f"file://{tmp_path / 'store'}", tmp_path / "cache", claim_seconds=0.2, patience=QUICK)
+    return folder_or_bucket(request.param, tmp_path)
 
 
 def record_files(store: ArtifactStore) -> list[Path]:

@@ -2,7 +2,6 @@
 
 import json
 import os
-import platform
 import signal
 import socket
 import subprocess
@@ -16,10 +15,9 @@ from typing import Any
 
 import pytest
 
-from tasks.errors import SeqmillError, SettingsError, StoppedError, StoreError, WorkerError
+from tasks.errors import SettingsError, StoppedError, StoreError, WorkerError
 from tasks.machine import Nodes, TrainingSettings
 from tasks.store import ArtifactStore
-from tasks.training import share
 from tasks.training.agent import free_port
 from tasks.training.joining import Node, join
 from tasks.training.launch import ranks_lines, run_worker
@@ -31,7 +29,6 @@ from tasks.training.nodes.party import DamagedError, NodeLostError, Party
 from tasks.training.nodes.release import release
 from tasks.training.nodes.secret import introduce
 from tasks.training.nodes.wire import Message, Wire
-from tasks.training.preparing import Preparing
 
 HELLO = {"say": "hello", "protocol": PROTOCOL, "release": release(), "name": "other", "slots": 2}
 ECHO = "print('of rank 0')"
@@ -197,82 +194,6 @@ def obey(node: Wire, party: Party) -> None:
     while (message := node.receive()) and message["say"] != "stop":
         pass
     node.send({"say": "ended", "party": party.number, "code": 1})
-
-
-def test_a_node_that_is_told_to_stop_while_it_prepares_says_so_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    leader, node = (Wire(end) for end in connected())
-    begun, goes_on = threading.Event(), threading.Event()
-
-    def prepare_slowly(self: Preparing) -> Any:
-        begun.set()
-        assert goes_on.wait(20)
-        return {}, None
-
-    monkeypatch.setattr(Preparing, "_bring", prepare_slowly)
-    served = Node(node, ArtifactStore(tmp_path), TrainingSettings(), {"store": tmp_path})
-    thread = threading.Thread(target=served.serve)
-    thread.start()
-    leader.send({"say": "run", "party": 4, "node": 1, "ranks": [1, 1], "plan": {}})
-    assert begun.wait(20)
-    leader.send({"say": "stop"})
-    assert leader.receive(20) == {"say": "ended", "party": 4, "code": 1}
-    leader.send({"say": "go", "party": 4, "launch": {}})  # too late: nothing is started
-    leader.send({"say": "run", "party": 5, "node": 1, "ranks": [1, 1], "plan": {}})
-    goes_on.set()
-    assert leader.receive(20) == {"say": "ready", "party": 5}
-    leader.send({"say": "leave"})
-    thread.join()
-    assert served.process is None
-
-
-def test_a_node_that_is_told_to_end_while_it_prepares_leaves_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    leader, node = (Wire(end) for end in connected())
-    begun, goes_on = threading.Event(), threading.Event()
-
-    def prepare_slowly(self: Preparing) -> Any:
-        begun.set()
-        assert goes_on.wait(20)
-        return {}, None
-
-    monkeypatch.setattr(Preparing, "_bring", prepare_slowly)
-    served = Node(node, ArtifactStore(tmp_path), TrainingSettings(), {"store": tmp_path})
-    thread = threading.Thread(target=served.serve)
-    thread.start()
-    leader.send({"say": "run", "party": 4, "node": 1, "ranks": [1, 1], "plan": {}})
-    assert begun.wait(20)
-    served.ask_to_go()
-    thread.join(10)
-    assert not thread.is_alive()
-    assert (leader.receive(10) or {})["say"] == "going"
-    assert leader.receive(10) is None
-    goes_on.set()
-
-
-def test_a_node_says_what_nobody_foresaw_while_it_prepared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    leader, node = (Wire(end) for end in connected())
-
-    def fail(self: Preparing) -> Any:
-        raise OSError(28, "No space left on device", "/cache/x")
-
-    monkeypatch.setattr(Preparing, "_bring", fail)
-    served = Node(node, ArtifactStore(tmp_path), TrainingSettings(), {"store": tmp_path})
-    thread = threading.Thread(target=served.serve)
-    thread.start()
-    leader.send({"say": "run", "party": 4, "node": 1, "ranks": [1, 1], "plan": {}})
-    line, end = leader.receive(20), leader.receive(20)
-    leader.close()
-    thread.join()
-    assert f"{platform.node()}: /cache/x: No space left on device; mend that and run again" in (line or {})["text"]
-    assert end == {"say": "ended", "party": 4, "code": 1}
-
-
-def test_a_peer_that_takes_nothing_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As one whose process stands still: its kernel goes on answering."""
-    monkeypatch.setattr("tasks.training.nodes.wire.SILENT_SECONDS", 1)
-    one, _other = connected()
-    wire = Wire(one)
-    wire.send({"say": "run", "plan": "x" * (64 << 20)})
-    assert wire.receive() is None
 
 
 def test_a_party_is_of_the_nodes_that_are_there_and_hears_all_of_them(crew: Crew, tmp_path: Path) -> None:
@@ -487,39 +408,6 @@ def test_a_node_that_finds_none_to_join_says_where_it_looked(tmp_path: Path) -> 
     said = rf"^127\.0\.0\.1:{port}: no node leads there after 0 s \(.*refused\); start seqmill run"
     with pytest.raises(WorkerError, match=said):
         join(nodes_at(port, wait_seconds=0), ArtifactStore(tmp_path), TrainingSettings(), 1)
-
-
-def test_a_folder_that_is_not_the_same_on_all_nodes_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(share, "SIGHT_SECONDS", 0.0)
-    leader, node = (Wire(end) for end in connected())
-    served = Node(node, ArtifactStore(tmp_path), TrainingSettings(), {"store": tmp_path})
-    leader.send({"say": "run", "party": 4, "node": 1, "ranks": [1, 1], "plan": {}, "seen": "store:checkpoints/.seen-1"})
-    node_thread = threading.Thread(target=served.serve)
-    node_thread.start()
-    failure, end = leader.receive(), leader.receive()
-    leader.send({"say": "leave"})
-    node_thread.join()
-    assert failure
-    assert f"{tmp_path}/checkpoints/.seen-1 is not there" in failure["text"]
-    assert end == {"say": "ended", "party": 4, "code": 1}
-
-
-def test_a_model_that_only_the_node_that_leads_has_is_told_of(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(share, "SIGHT_SECONDS", 0.0)
-    (tmp_path / "seen").touch()
-    failures: list[SeqmillError] = []
-    plan = {"model": {"folder": "/of/node/0/alone"}, "validation_files": []}
-    message = {"party": 1, "node": 1, "ranks": [1, 1], "plan": plan, "seen": "store:seen"}
-    roots = {"store": tmp_path}
-    Preparing(ArtifactStore(tmp_path), roots, None, message, on_ready=pytest.fail, on_failure=failures.append).join()
-    assert "/of/node/0/alone is not there, from which the model starts; mount it at the same path" in str(failures[0])
-
-
-def connected() -> tuple[socket.socket, socket.socket]:
-    """Both ends of one connection."""
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        one = socket.create_connection(server.getsockname())
-        return one, server.accept()[0]
 
 
 def test_a_party_knows_whether_all_of_its_nodes_are_there(crew: Crew, tmp_path: Path) -> None:

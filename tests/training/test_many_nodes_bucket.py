@@ -65,6 +65,13 @@ class InBucket(Training):
         assert data
         store.bucket.put(found, data[:-1] + bytes([data[-1] ^ 1]))
 
+    def lose_a_disk(self) -> None:
+        """Kill node 1, and once the others know, have it come back with an empty cache; what is asked from then on is kept."""
+        self.kill(1)
+        self.await_that(lambda: "is gone; the others go on" in self.log(0), "the loss")
+        self.proxy.asked.clear()
+        self.processes[1] = self.start(1, cache="cache-new")
+
     def left(self) -> list[str]:
         """What there is of checkpoints."""
         store = SharedStore(self.url, self.folder / "look", endpoint=self.proxy.server, patience=QUICK)
@@ -120,10 +127,7 @@ def test_a_node_killed_in_the_middle_is_done_without(train: Any, unbroken: Any, 
 def test_a_node_that_comes_back_fetches_its_own_ranks_files_alone(train: Any, unbroken: Any, zero: str) -> None:
     training = train(2, zero)
     training.await_that(training.kept, "a checkpoint in the bucket")
-    training.kill(1)
-    training.await_that(lambda: "is gone; the others go on" in training.log(0), "the loss")
-    training.proxy.asked.clear()
-    training.processes[1] = training.start(1, cache="cache-new")
+    training.lose_a_disk()
     told = training.end(0, 0)
     assert (told["num_ranks"], is_resumed(told)) == (2, True)
     assert_equal(told["losses"], unbroken)
@@ -218,10 +222,7 @@ def test_published_weights_on_the_disk_of_the_node_that_leads_are_fetched_by_the
     training = train(2, zero, spec=spec)
     training.await_that(training.kept, "a checkpoint in the bucket")
     shutil.rmtree(published)  # no node reads it any more, not even one that comes anew
-    training.kill(1)
-    training.await_that(lambda: "is gone; the others go on" in training.log(0), "the loss")
-    training.proxy.asked.clear()
-    training.processes[1] = training.start(1, cache="cache-new")
+    training.lose_a_disk()
     told = training.end(0, 0)
     assert (told["num_ranks"], is_resumed(told)) == (2, True)
     assert_equal(told["losses"], expected)
